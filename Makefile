@@ -1,0 +1,53 @@
+# Each target makes the environment first if it is missing. Variables: PYTHON (3.11 to 3.13), VENV.
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+LOCK := deploy/requirements/cpu.txt
+# CPU builds of torch come from a folder that pip is told of, if it has one, else from PyTorch's CPU index.
+LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
+TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
+
+.PHONY: setup demo demo-plain demo-real test test-fast lint format
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode $(TORCH) -r $(LOCK)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+models/tiny: | setup
+	$(BIN)/align models tiny $@
+
+models/smollm2: | setup
+	$(BIN)/align models smollm2 $@
+
+models/smollm2-4bit: | models/smollm2
+	$(BIN)/align models round models/smollm2 $@ --bits 4
+
+demo: setup models/tiny
+	$(BIN)/align train deploy/runs/demo.toml
+
+demo-plain: setup models/tiny
+	$(BIN)/align train deploy/runs/plain.toml
+
+demo-real: setup models/smollm2 models/smollm2-4bit
+	$(BIN)/align train deploy/runs/smollm2_heal.toml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not integration"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

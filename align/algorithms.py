@@ -1,0 +1,213 @@
+"""Algorithms as named bundles of orthogonal parts. A run file names a bundle and overrides parts of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+GROUP_BASELINES = ("group_mean", "group_outcome_mean", "leave_one_out")
+OUTCOME_BASELINES = ("group_outcome_mean", "leave_one_out")
+
+_GROUP_RELATIVE = {"rewards": "outcome", "baseline": "group_outcome_mean", "group_std": True, "importance": "none"}
+
+BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        # The project's own: policy gradient with reward-to-go of token rewards; the defaults of the fields.
+        "reinforce": {},
+        # Hu (2025), REINFORCE++: outcome reward at the end, KL per token in the reward, whitening over the batch, PPO's clip.
+        "reinforce++": {
+            "whiten": True,
+            "surrogate": "ppo_clip",
+            "importance": "none",
+            "aggregation": "token_mean",
+            "kl": "reward",
+            "kl_estimator": "k1",
+            "kl_coefficient": 0.01,
+        },
+        # Ahmadian et al. (2024), Back to Basics: REINFORCE on whole trajectories, KL in the reward. Departs: off-policy tokens
+        # are weighted by truncated pi/mu, where the paper is on-policy.
+        "rloo": {
+            "rewards": "outcome",
+            "baseline": "leave_one_out",
+            "aggregation": "trajectory_mean",
+            "kl": "reward",
+            "kl_estimator": "k1",
+            "kl_coefficient": 0.05,
+        },
+        # Shao et al. (2024), DeepSeekMath, equation 3: epsilon 0.2, KL 0.04 by k3 in the loss.
+        "grpo": {
+            **_GROUP_RELATIVE,
+            "surrogate": "ppo_clip",
+            "aggregation": "trajectory_token_mean",
+            "kl": "loss",
+            "kl_estimator": "k3",
+            "kl_coefficient": 0.04,
+        },
+        # Liu et al. (2025), Dr. GRPO: neither the standard deviation nor the length of the trajectory divides; no KL.
+        "dr_grpo": {
+            **_GROUP_RELATIVE,
+            "group_std": False,
+            "surrogate": "ppo_clip",
+            "aggregation": "constant_length",
+        },
+        # Yu et al. (2025), DAPO: clip 0.2/0.28, mean over tokens, no KL, no loss on truncated trajectories. Departs: without the
+        # soft length penalty, and groups without signal are not replaced.
+        "dapo": {
+            **_GROUP_RELATIVE,
+            "surrogate": "ppo_clip",
+            "clip_high": 0.28,
+            "aggregation": "token_mean",
+            "mask_overlong": True,
+        },
+        # Zheng et al. (2025), GSPO, section 5.1: clips 3e-4 and 4e-4 on the sequence's ratio, no KL.
+        "gspo": {
+            **_GROUP_RELATIVE,
+            "surrogate": "gspo",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+            "aggregation": "trajectory_token_mean",
+        },
+        # MiniMax (2025), MiniMax-M1: no lower bound, no KL, mean over tokens. The paper leaves the upper clip open; weights up
+        # to 5 are what later work recommends.
+        "cispo": {
+            **_GROUP_RELATIVE,
+            "surrogate": "cispo",
+            "clip_low": 1.0,
+            "clip_high": 4.0,
+            "aggregation": "token_mean",
+        },
+    }
+)
+
+
+class AlgorithmConfig(BaseModel):
+    """How rewards become a gradient. What is not set comes from the bundle, and what the bundle leaves open from the defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["reinforce", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"] = Field(
+        "reinforce", description="The bundle that the other fields start from."
+    )
+    rewards: Literal["token", "outcome"] = Field(
+        "token", description="Pay each token's reward where it is, or the trajectory's sum at its last token."
+    )
+    reward_range: tuple[float, float] | None = Field(
+        None, description="[least, largest] of a token's or an outcome's reward, before KL; leave out for none."
+    )
+    discount: float = Field(
+        1.0, ge=0, le=1, description="Discount of the return, per sampled token; 0 = immediate reward."
+    )
+    baseline: Literal["none", "batch_mean", "position_mean", "group_mean", "group_outcome_mean", "leave_one_out"] = (
+        Field(
+            "none",
+            description="What is subtracted from the return: nothing; a mean over all tokens of the batch, of the position or of "
+            "the group; the mean outcome of the group's trajectories, or of its other trajectories (RLOO).",
+        )
+    )
+    group_std: bool = Field(
+        False, description="Divide advantages by the group's standard deviation of outcomes (GRPO)."
+    )
+    group_std_epsilon: float = Field(
+        0.0, ge=0, description="Added to that standard deviation; not needed, but others use 1e-4 to 1e-9."
+    )
+    whiten: bool = Field(False, description="Scale advantages to mean 0 and standard deviation 1 over the batch.")
+    max_advantage: float | None = Field(
+        None, gt=0, description="Advantages are cut to +- this, last of all; leave out for none."
+    )
+    surrogate: Literal["reinforce", "importance_weighted", "ppo_clip", "gspo", "cispo"] = Field(
+        "reinforce",
+        description="What is differentiated. All but reinforce have the ratio pi/mu of policy and behaviour in them.",
+    )
+    clip_low: float = Field(0.2, ge=0, le=1, description="Ratios are clipped at 1 - this; 1 is no lower clip.")
+    clip_high: float = Field(0.2, ge=0, description="Ratios are clipped at 1 + this.")
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="ppo_clip: the loss of a token with negative advantage A is at most -this * A; leave out for none.",
+    )
+    aggregation: Literal[
+        "sum", "token_mean", "trajectory_mean", "trajectory_token_mean", "prompt_mean", "constant_length"
+    ] = Field(
+        "sum",
+        description="Global denominator of the gradient: 1; sampled tokens; trajectories (of sums, or of means over tokens); "
+        "prompts (of means over the tokens of their trajectories); trajectories times loss_length.",
+    )
+    loss_length: int = Field(
+        0, ge=0, description="Tokens, for constant_length: the longest completion that is allowed."
+    )
+    importance: Literal["none", "truncated", "masked"] = Field(
+        "truncated",
+        description="For reinforce: weight each token by pi/mu; out of bounds it is moved to the bound, or made 0. `none` is "
+        "refused when max_staleness > 0.",
+    )
+    importance_level: Literal["token", "sequence_mean", "sequence_sum"] = Field(
+        "token", description="pi/mu of the token, the trajectory's geometric mean over tokens, or its exact product."
+    )
+    min_importance_weight: float = Field(0.0, ge=0, le=1, description="Lower bound of importance weights; 0 for none.")
+    max_importance_weight: float = Field(2.0, ge=1, description="Upper bound of importance weights.")
+    kl: Literal["none", "reward", "loss"] = Field(
+        "none",
+        description="Where KL(policy || reference) is charged: nowhere, in each token's reward (of the behaviour then), or in "
+        "the loss. The reference is taken at temperature 1.",
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "k3_grad_k2"] = Field(
+        "k3", description="d; d^2/2; exp(-d) - 1 + d; the last with the gradient of the second. d = log pi - log P_ref."
+    )
+    kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL term.")
+    entropy_coefficient: float = Field(0.0, ge=0, description="Weight of the entropy bonus in the loss, per token.")
+    mask_overlong: bool = Field(
+        False, description="Trajectories cut off by length carry no loss; they still count in baselines."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_bundle(cls, data: Any) -> Any:
+        """Parts that are set win over those of the bundle."""
+        name = data.get("name", "reinforce") if isinstance(data, dict) else None
+        return {**BUNDLES[name], **data} if isinstance(name, str) and name in BUNDLES else data
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> AlgorithmConfig:
+        if problems := [problem for problem, is_so in self._contradictions().items() if is_so]:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _contradictions(self) -> dict[str, bool]:
+        """What is wrong, and whether it is so."""
+        outcome_baseline = self.baseline in OUTCOME_BASELINES
+        low, high = self.reward_range or (-math.inf, math.inf)
+        return {
+            f"baseline = {self.baseline!r} compares whole trajectories: it needs rewards = 'outcome' and discount = 1": (
+                outcome_baseline and (self.rewards != "outcome" or self.discount != 1)
+            ),
+            "group_std = true needs baseline = 'group_outcome_mean' or 'leave_one_out'": (
+                self.group_std and not outcome_baseline
+            ),
+            "group_std_epsilon is read by nothing: group_std is false": self.group_std_epsilon > 0
+            and not self.group_std,
+            f"reward_range = [{low}, {high}] is empty": not low < high,
+            f"surrogate = {self.surrogate!r} has the ratio pi/mu in it: importance must be 'none', or it would count twice": (
+                self.surrogate != "reinforce" and self.importance != "none"
+            ),
+            "dual_clip is read by surrogate = 'ppo_clip' alone": (
+                self.dual_clip is not None and self.surrogate != "ppo_clip"
+            ),
+            "aggregation = 'constant_length' needs loss_length, e.g. the value of sampling.max_tokens": (
+                self.aggregation == "constant_length" and self.loss_length == 0
+            ),
+            "loss_length is read by aggregation = 'constant_length' alone": (
+                self.loss_length > 0 and self.aggregation != "constant_length"
+            ),
+            "kl_coefficient is read by nothing: kl is 'none'": self.kl == "none" and self.kl_coefficient > 0,
+            f"kl = {self.kl!r} needs a kl_coefficient above 0": self.kl != "none" and self.kl_coefficient == 0,
+            "kl_estimator = 'k1' in the loss has an expected gradient of 0; choose k2, k3 or k3_grad_k2": (
+                self.kl == "loss" and self.kl_estimator == "k1"
+            ),
+            "kl_estimator = 'k3_grad_k2' differs from k3 in its gradient only, and a reward has none; choose k3": (
+                self.kl == "reward" and self.kl_estimator == "k3_grad_k2"
+            ),
+        }

@@ -1,0 +1,120 @@
+"""Scored groups -> one padded Batch -> micro-batches under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.types import FinishReason, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything one update consumes, right-padded to the longest trajectory.
+
+    Padding needs no mask in the model: under causal attention a token never sees what stands to its right.
+
+    Attributes:
+        token_ids: [B, T] int64; padding is 0, which is never read.
+        lengths: [B] int64 number of real tokens.
+        loss_mask: [B, T] bool.
+        behavior_logprobs: [B, T] float32.
+        rewards: [B, T] float32.
+        ref_logprobs: [B, T] float32; NaN where no reference was asked.
+        versions: [B, T] int64 policy version that sampled the token; -1 outside `loss_mask`.
+        group_index: [B] int64.
+        overlong: [B] bool, true where the completion was cut off by length.
+    """
+
+    token_ids: Tensor
+    lengths: Tensor
+    loss_mask: Tensor
+    behavior_logprobs: Tensor
+    rewards: Tensor
+    ref_logprobs: Tensor
+    versions: Tensor
+    group_index: Tensor
+    overlong: Tensor
+
+    @property
+    def num_trajectories(self) -> int:
+        """B."""
+        return self.token_ids.shape[0]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Number of tokens that carry loss."""
+        return int(self.loss_mask.sum())
+
+    def rows(self, index: Sequence[int]) -> Batch:
+        """The given trajectories, cut to the longest of them."""
+        rows = torch.as_tensor(index, dtype=torch.long)
+        longest = int(self.lengths[rows].max())
+        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        return Batch(**{k: v[:, :longest] if v.dim() == 2 else v for k, v in picked.items()})
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def collate(groups: Sequence[ScoredGroup]) -> Batch:
+    """Stack the trajectories of all groups, in order.
+
+    Raises:
+        ValueError: If there is no trajectory.
+    """
+    rows = [
+        (index, trajectory, score)
+        for index, scored in enumerate(groups)
+        for trajectory, score in zip(scored.group.trajectories, scored.scores, strict=True)
+    ]
+    if not rows:
+        raise ValueError("a batch needs at least one trajectory")
+    lengths = [len(trajectory.token_ids) for _, trajectory, _ in rows]
+    shape = (len(rows), max(lengths))
+    arrays = {
+        "token_ids": np.zeros(shape, np.int64),
+        "loss_mask": np.zeros(shape, np.bool_),
+        "behavior_logprobs": np.zeros(shape, np.float32),
+        "rewards": np.zeros(shape, np.float32),
+        "ref_logprobs": np.full(shape, np.nan, np.float32),
+        "versions": np.full(shape, -1, np.int64),
+    }
+    for row, (_, trajectory, score) in enumerate(rows):
+        end = lengths[row]
+        arrays["token_ids"][row, :end] = trajectory.token_ids
+        arrays["loss_mask"][row, :end] = trajectory.loss_mask
+        arrays["behavior_logprobs"][row, :end] = trajectory.behavior_logprobs
+        arrays["rewards"][row, :end] = score.rewards
+        if score.ref_logprobs is not None:
+            arrays["ref_logprobs"][row, :end] = score.ref_logprobs
+        for span in trajectory.versions:
+            arrays["versions"][row, span.start : span.end] = span.version
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    group_index = torch.tensor([index for index, _, _ in rows])
+    overlong = torch.tensor([trajectory.finish_reason is FinishReason.LENGTH for _, trajectory, _ in rows])
+    return Batch(lengths=torch.tensor(lengths), group_index=group_index, overlong=overlong, **tensors)
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut trajectories into micro-batches whose padded size (rows times longest) is at most `max_tokens`.
+
+    Sorting by length first keeps padding small. A trajectory longer than the budget gets a micro-batch of its own. The
+    cut depends on the lengths alone, so the same batch is always cut the same way.
+
+    Returns:
+        Lists of row numbers; each row appears exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    result: list[list[int]] = []
+    for row in order:
+        if result and lengths[result[-1][0]] * (len(result[-1]) + 1) <= max_tokens:
+            result[-1].append(row)
+        else:
+            result.append([row])
+    return result

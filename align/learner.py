@@ -1,0 +1,253 @@
+"""The learner: one batch in, one Adam step on the policy, statistics out.
+
+The gradient is that of the mission: `sum_t grad log pi(a_t | s_t) * A_t`, added up over all samples, divided by a global
+denominator (1 for the plain sum), with the advantage `A_t = G_t - baseline`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align import losses
+from align.algorithms import AlgorithmConfig
+from align.batching import Batch, micro_batches
+from align.metrics import Metric
+from align.objective import Objective, mean, off_policy_metrics
+from align.policy import Policy
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(BaseModel):
+    """Adam, its schedule and the gradient clip."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: float = Field(1e-5, gt=0, allow_inf_nan=False, description="Peak learning rate of Adam.")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.95), description="Adam's decay rates, each in [0, 1).")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit; inf for none.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="After warm-up, towards min_lr_ratio."
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step over the peak.")
+
+
+class LearnerConfig(BaseModel):
+    """Memory and speed; none of it changes the gradient."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens per forward pass on one device.")
+    num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for the learner.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of the learner.")
+    num_gpus: int = Field(0, ge=0, le=1, description="GPUs of the learner.")
+    max_skipped_updates: int = Field(3, ge=1, description="Non-finite updates in a row that stop the run.")
+
+
+class NonFiniteUpdates(RuntimeError):
+    """Several updates in a row were not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What one update did.
+
+    Attributes:
+        metrics: Parts of metrics, to be reduced.
+        num_loss_tokens: Tokens that carried loss.
+        skipped: True if loss or gradient was not finite and the weights were left as they were.
+    """
+
+    metrics: list[Metric]
+    num_loss_tokens: int
+    skipped: bool
+
+
+def lr_factor(step: int, num_steps: int, cfg: OptimizerConfig) -> float:
+    """Learning rate of step 1..num_steps over the peak: linear warm-up, then constant, linear or cosine decay."""
+    if step <= cfg.warmup_steps:
+        return step / (cfg.warmup_steps + 1)
+    if cfg.schedule == "constant":
+        return 1.0
+    progress = (step - cfg.warmup_steps - 1) / max(num_steps - cfg.warmup_steps - 1, 1)
+    left = 1.0 - min(progress, 1.0) if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
+
+
+class Learner:
+    """Holds the policy and Adam; `update` applies one step.
+
+    Args:
+        policy: The network being trained.
+        algorithm: How rewards become a gradient.
+        optimizer: Adam and its schedule.
+        cfg: Memory and speed.
+        num_steps: Length of the run, for the schedule.
+        temperature: The sampler's temperature; log-probabilities are taken at it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: AlgorithmConfig,
+        optimizer: OptimizerConfig,
+        cfg: LearnerConfig,
+        num_steps: int,
+        temperature: float = 1.0,
+    ) -> None:
+        self.policy = policy
+        self.objective = Objective(algorithm)
+        self.optimizer_config = optimizer
+        self.cfg = cfg
+        self.num_steps = num_steps
+        self.temperature = temperature
+        self.version = 0
+        self.skipped_in_a_row = 0
+        self.skipped_updates = 0
+        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.adam = torch.optim.AdamW(
+            self.parameters,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def update(self, batch: Batch) -> UpdateStats:
+        """One policy-gradient step; afterwards `version` is one higher.
+
+        If loss or gradient is not finite the weights and the optimizer stay bitwise unchanged, and the step is counted.
+
+        Ratios of policy and behaviour are taken before the step, so they are 1 on-policy: a batch has one step.
+
+        Raises:
+            NonFiniteUpdates: After `max_skipped_updates` such steps in a row.
+            ValueError: If KL is asked for and the batch has no reference log-probabilities.
+        """
+        started = time.perf_counter()
+        batch = batch.to(self.policy.device)
+        advantages, metrics = self.objective.advantages(batch)
+        batch, mask_metrics = self.objective.with_loss(batch)
+        metrics += [*mask_metrics, *self._accumulate(batch, advantages)]
+        grad_norm = self._clip()
+        finite = math.isfinite(grad_norm) and all(math.isfinite(m.value) for m in metrics if m.name == "optimizer/loss")
+        lr = self._step(finite)
+        elapsed = time.perf_counter() - started
+        metrics += [
+            Metric("optimizer/grad_norm", grad_norm),
+            Metric("optimizer/lr", lr),
+            Metric("tokens/trained", batch.num_loss_tokens if finite else 0),
+            Metric("optimizer/skipped_updates", self.skipped_updates),
+            Metric("throughput/trained_tokens_per_s", int(batch.lengths.sum()) / elapsed),
+        ]
+        return UpdateStats([m for m in metrics if math.isfinite(m.value)], batch.num_loss_tokens, not finite)
+
+    def _accumulate(self, batch: Batch, advantages: Tensor) -> Iterator[Metric]:
+        """Forward and backward over the micro-batches; gradients add up under the global denominator."""
+        self.adam.zero_grad(set_to_none=True)
+        weights = self.objective.weights(batch)
+        policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
+        for rows in micro_batches(batch.lengths.tolist(), self.cfg.max_tokens_per_micro_batch):
+            part = batch.rows(rows)
+            longest = part.token_ids.shape[1]
+            logprobs, metrics = self._backward(part, advantages[rows, :longest], weights[rows])
+            policy_logprobs[rows, :longest] = logprobs
+            yield from metrics
+        yield from off_policy_metrics(batch, policy_logprobs)
+
+    def _backward(self, part: Batch, advantages: Tensor, weights: Tensor) -> tuple[Tensor, list[Metric]]:
+        """Add the gradient of one micro-batch; returns its log-probabilities [B, T]."""
+        mask, tokens = part.loss_mask, part.num_loss_tokens
+        start = int(mask.any(dim=0).nonzero()[0]) if mask.any() else 1
+        output = self.policy.token_logprobs(
+            part.token_ids,
+            start=start,
+            temperature=self.temperature,
+            with_entropy=True,
+            entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
+        )
+        token_losses, metrics = self.objective.token_losses(part, output, advantages)
+        losses.aggregate(token_losses, mask, weights).backward()  # type: ignore[no-untyped-call]
+        metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), tokens))
+        logprobs = output.logprobs.detach()
+        return logprobs, [*metrics, *self._statistics(part, logprobs, output.entropy.detach())]
+
+    def _statistics(self, part: Batch, logprobs: Tensor, entropy: Tensor) -> Iterator[Metric]:
+        mask, behavior = part.loss_mask, part.behavior_logprobs
+        tokens = int(mask.sum())
+        yield Metric("policy/entropy", float(entropy[mask].mean()), tokens)
+        kl = losses.kl_estimate(behavior, logprobs, "k3")
+        yield Metric("kl/policy_behavior", float(kl[mask].mean()), tokens)
+        referenced = mask & part.ref_logprobs.isfinite()
+        if referenced.any():
+            kl = losses.kl_estimate(behavior, part.ref_logprobs, "k1")
+            yield Metric("kl/behavior_reference", float(kl[referenced].mean()), int(referenced.sum()))
+        own = mask & (part.versions == self.version)
+        if own.any():
+            mismatch = (behavior - logprobs)[own].abs()
+            yield Metric("mismatch/abs_mean", float(mismatch.mean()), int(own.sum()))
+            yield Metric("mismatch/abs_max", float(mismatch.max()))
+
+    def _clip(self) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.optimizer_config.max_grad_norm))
+
+    def _step(self, finite: bool) -> float:
+        """Apply Adam if the gradient is finite; either way the version counts one update."""
+        lr = self.optimizer_config.lr * lr_factor(self.version + 1, self.num_steps, self.optimizer_config)
+        if finite:
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped_updates += not finite
+        self.version += 1
+        self.adam.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row >= self.cfg.max_skipped_updates:
+            raise NonFiniteUpdates(
+                f"{self.skipped_in_a_row} updates in a row were not finite (limit learner.max_skipped_updates); "
+                "lower optimizer.lr, or look at the rewards of the last steps"
+            )
+        return lr
+
+    def save_optimizer(self, path: Path) -> None:
+        """Write Adam's moments and step counts by parameter name, and the skipped updates, as safetensors."""
+        tensors = {"skipped": torch.tensor([self.skipped_updates, self.skipped_in_a_row])} | {
+            f"{key}.{name}": value
+            for name, parameter in self._named_parameters()
+            for key, value in self.adam.state[parameter].items()
+        }
+        save_file(tensors, path)
+
+    def load_optimizer(self, path: Path, version: int) -> None:
+        """Take up what `save_optimizer` wrote, at policy version `version`.
+
+        Raises:
+            ValueError: If the file holds state of a parameter that the policy does not train.
+        """
+        tensors = load_file(path)
+        self.skipped_updates, self.skipped_in_a_row = tensors.pop("skipped").tolist()
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        known = {f"{key}.{name}" for name, _ in self._named_parameters() for key in keys}
+        if foreign := sorted(set(tensors) - known):
+            raise ValueError(f"{path} holds state of {foreign[0]}, which this policy does not train; restore its own")
+        for name, parameter in self._named_parameters():
+            state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+            if state:
+                self.adam.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+        self.version = version
+
+    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad)

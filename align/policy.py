@@ -1,0 +1,226 @@
+"""A causal language model behind a few verbs: log-probabilities, entropy, logits, sampling, load, save."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Per-token quantities, indexed by the token they are about.
+
+    Attributes:
+        logprobs: [B, T] log-probability of each token given those before it; 0 before `start`.
+        entropy: [B, T] entropy in nats of the distribution the token was drawn from; with gradient only on request.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Policy:
+    """A Hugging Face causal language model with its tokenizer.
+
+    Args:
+        model: Any `AutoModelForCausalLM`; its parameters are the master weights.
+        tokenizer: Its tokenizer.
+        compute_dtype: "float32", or "bfloat16" to run matrix products in bfloat16 over float32 master weights (autocast).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, compute_dtype: str = "float32") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.compute_dtype = compute_dtype
+
+    @classmethod
+    def load(cls, directory: Path | str, *, device: str = "cpu", compute_dtype: str = "float32") -> Policy:
+        """Read a Hugging Face folder; weights become float32 master weights.
+
+        Raises:
+            ValueError: If the folder is missing or holds no causal language model.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        directory = checked_model_directory(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, **_LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **_LOCAL)
+        return cls(model.to(device).eval(), tokenizer, compute_dtype)
+
+    def save(self, directory: Path, dtype: str = "float32") -> None:
+        """Write a Hugging Face folder that transformers and vLLM load."""
+        state = {name: tensor.to(DTYPES[dtype]) for name, tensor in self.model.state_dict().items()}
+        self.model.save_pretrained(directory, state_dict=state)
+        self.tokenizer.save_pretrained(directory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits, which may exceed the tokenizer's vocabulary."""
+        return int(self.model.config.vocab_size)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once (a tied head is not repeated), by its Hugging Face name."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def logits(self, token_ids: Tensor, start: int = 1) -> Tensor:
+        """Logits of the distributions that tokens `start .. T-1` are drawn from. The one place with the shift by one.
+
+        Args:
+            token_ids: [B, T].
+            start: First token of interest, at least 1.
+
+        Returns:
+            [B, T - start, V]; entry `t - start` predicts token `t`.
+        """
+        if start < 1:
+            raise ValueError("token 0 is predicted by nothing; start is at least 1")
+        predicting = torch.arange(start - 1, token_ids.shape[1] - 1, device=token_ids.device)
+        with self._autocast():
+            output = self.model(input_ids=token_ids, logits_to_keep=predicting, use_cache=False)
+        return output.logits  # type: ignore[no-any-return]
+
+    def token_logprobs(
+        self,
+        token_ids: Tensor,
+        *,
+        start: int = 1,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        entropy_gradient: bool = False,
+    ) -> TokenLogprobs:
+        """`log softmax(logits / temperature)[token]` in float32, and on request the entropy of the same distribution.
+
+        Args:
+            token_ids: [B, T], right-padded; what stands at padding is meaningless and must be masked by the caller.
+            start: First token of interest.
+            temperature: The sampler's temperature, so that the log-probabilities are those of what sampled.
+            with_entropy: Compute the entropy too; it stays 0 otherwise.
+            entropy_gradient: Let gradients flow through the entropy, which holds [B, T, V] probabilities until the backward pass.
+        """
+        logits = self.logits(token_ids, start).float() / temperature
+        normalizer = torch.logsumexp(logits, dim=-1)
+        chosen = logits.gather(-1, token_ids[:, start:, None]).squeeze(-1) - normalizer
+        entropy = torch.zeros_like(normalizer)
+        if with_entropy:
+            with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
+                entropy = torch.stack([_entropy(row, z) for row, z in zip(logits, normalizer, strict=True)])
+        pad = (start, 0)
+        return TokenLogprobs(torch.nn.functional.pad(chosen, pad), torch.nn.functional.pad(entropy, pad))
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int
+    ) -> list[list[int]]:
+        """Sample one completion per prompt with transformers (for references that no engine serves).
+
+        The distribution is `softmax(logits / temperature)`, whatever penalties and cuts the model folder asks for.
+
+        Returns:
+            Token ids up to and including the end token.
+        """
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
+        attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        with torch.random.fork_rng(), self._autocast(), self._plain_generation(pad):
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                ids,
+                attention_mask=attention,
+                max_new_tokens=max_tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+            )
+        return [self._until_end(row.tolist()) for row in output[:, longest:]]
+
+    def end_token_ids(self) -> set[int]:
+        """The tokens that end a completion, from the generation config, else from the tokenizer."""
+        configured = self.model.generation_config.eos_token_id
+        if configured is None:
+            configured = self.tokenizer.eos_token_id
+        if configured is None:
+            return set()
+        return set(configured) if isinstance(configured, list) else {configured}
+
+    @contextlib.contextmanager
+    def _plain_generation(self, pad: int) -> Iterator[None]:
+        """The model without its folder's generation settings; `generate` falls back on them for all it is not told."""
+        from transformers import GenerationConfig
+
+        configured = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self.end_token_ids()) or None, pad_token_id=pad
+        )
+        try:
+            yield
+        finally:
+            self.model.generation_config = configured
+
+    def _until_end(self, completion: list[int]) -> list[int]:
+        ends = self.end_token_ids()
+        stop = next((i + 1 for i, token in enumerate(completion) if token in ends), len(completion))
+        return completion[:stop]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute_dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype])
+
+
+def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
+    """`H = Z - sum_v p(v) * logit(v)` with Z the log-normalizer. [T, V], [T] -> [T]."""
+    probabilities = (logits - normalizer[:, None]).exp_()
+    return normalizer - (probabilities * logits).sum(dim=-1)
+
+
+def text_config(directory: Path) -> Any:
+    """The config of a folder's language model, also where it is a part of a larger model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, **_LOCAL).get_text_config()
+
+
+def checked_model_directory(directory: Path | str) -> Path:
+    """The folder, if it holds a causal language model.
+
+    Raises:
+        ValueError: Naming what is missing and how to get it.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        state = "has no config.json" if directory.is_dir() else "does not exist"
+        raise ValueError(f"model folder {directory} {state}; make one with `align models --help`, or correct the path")
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(directory, **_LOCAL)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"model folder {directory}: config.json cannot be read: {error}") from error
+    # The type alone would let in a BERT encoder or a classifier: their types have a causal architecture too.
+    architecture = (config.architectures or [None])[0]
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    if not causal or architecture not in (None, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        architecture = architecture or type(config).__name__
+        raise ValueError(f"model folder {directory} holds {architecture}, which is not a causal language model")
+    if not list(directory.glob("*.safetensors")):
+        raise ValueError(f"model folder {directory} holds no *.safetensors weights; only safetensors are read")
+    return directory

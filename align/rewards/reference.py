@@ -1,0 +1,79 @@
+"""The reference model's log-probability as the reward of each token."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from align.batching import micro_batches
+from align.policy import Policy
+from align.types import FloatArray, Group, TokenRewards, Trajectory
+
+
+class ReferenceRewardConfig(BaseModel):
+    """`R_t = log P_ref(a_t | s_t) - alpha * log mu(a_t | s_t)`, clipped to +-clip."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    alpha: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the entropy term: 0 is the plain reference log-probability, 1 makes the reference itself "
+        "the optimum (the expected reward is then minus the KL divergence).",
+    )
+    clip: float | None = Field(None, gt=0, description="Token rewards are cut to [-clip, clip]; leave out for none.")
+
+
+def token_reward(ref_logprobs: FloatArray, behavior_logprobs: FloatArray, cfg: ReferenceRewardConfig) -> FloatArray:
+    """`R_t = clip(log P_ref - alpha * log mu)`, elementwise.
+
+    Args:
+        ref_logprobs: [T] log-probability of each token under the reference at temperature 1.
+        behavior_logprobs: [T] log-probability under the distribution that sampled it.
+        cfg: alpha and clip.
+    """
+    rewards = ref_logprobs - np.float32(cfg.alpha) * behavior_logprobs
+    return rewards if cfg.clip is None else np.clip(rewards, -cfg.clip, cfg.clip)
+
+
+class ReferenceReward:
+    """Scores trajectories under a frozen reference.
+
+    Args:
+        reference: The frozen policy.
+        cfg: alpha and clip.
+        max_tokens: Padded tokens per forward pass; does not change the result beyond rounding.
+    """
+
+    def __init__(self, reference: Policy, cfg: ReferenceRewardConfig, max_tokens: int) -> None:
+        self.reference = reference
+        self.cfg = cfg
+        self.max_tokens = max_tokens
+
+    def __call__(self, group: Group) -> tuple[TokenRewards, ...]:
+        """See `Reward`."""
+        trajectories = group.trajectories
+        scores: list[TokenRewards | None] = [None] * len(trajectories)
+        for rows in micro_batches([len(t.token_ids) for t in trajectories], self.max_tokens):
+            for row, logprobs in zip(rows, self._ref_logprobs([trajectories[r] for r in rows]), strict=True):
+                scores[row] = self._score(trajectories[row], logprobs)
+        return tuple(score for score in scores if score is not None)
+
+    def _score(self, trajectory: Trajectory, ref_logprobs: FloatArray) -> TokenRewards:
+        rewards = token_reward(ref_logprobs, trajectory.behavior_logprobs, self.cfg)
+        return TokenRewards(np.where(trajectory.loss_mask, rewards, np.float32(0)), ref_logprobs)
+
+    @torch.no_grad()
+    def _ref_logprobs(self, trajectories: list[Trajectory]) -> list[FloatArray]:
+        longest = max(len(t.token_ids) for t in trajectories)
+        ids = torch.zeros(len(trajectories), longest, dtype=torch.long)
+        for row, trajectory in enumerate(trajectories):
+            ids[row, : len(trajectory.token_ids)] = torch.from_numpy(trajectory.token_ids)
+        first = min((int(t.loss_mask.argmax()) for t in trajectories if t.loss_mask.any()), default=1)
+        output = self.reference.token_logprobs(ids.to(self.reference.device), start=first)
+        rows = output.logprobs.cpu().numpy()
+        return [
+            np.where(t.loss_mask, row[: len(t.token_ids)], np.float32(0))
+            for t, row in zip(trajectories, rows, strict=True)
+        ]

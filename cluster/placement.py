@@ -1,0 +1,289 @@
+"""Where processes run: Ray's start, the resource arithmetic, and the only `ray.remote`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from align.types import Ticket
+from cluster.config import RunConfig
+from cluster.faults import ResourceError
+from cluster.handles import Deadlines, LearnerHandle, RolloutHandle, ScorerHandle, ScorerPool
+from cluster.learning import LearnerActor
+from cluster.publication import FleetHandle
+from cluster.rollout import RolloutActor, engine_settings
+from cluster.scorer import ScorerActor
+from cluster.sinks import Console
+from cluster.weights import Link
+
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+_SHARED_GPU = 0.25  # what learner and engine each ask of Ray when they share a GPU; it limits nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a run asks of Ray, in all."""
+
+    num_cpus: float
+    num_gpus: float
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> Demand:
+        """Sums over the roles. By default scorers set no CPU aside, since on one machine they compute while others wait."""
+        return cls(
+            num_cpus=cfg.learner.num_cpus
+            + cfg.rollout.num_actors * cfg.rollout.num_cpus
+            + cfg.scorer.num_actors * cfg.scorer.num_cpus,
+            num_gpus=_gpus(cfg, cfg.learner.num_gpus)
+            + cfg.rollout.num_actors * _gpus(cfg, cfg.rollout.num_gpus)
+            + cfg.scorer.num_actors * cfg.scorer.num_gpus,
+        )
+
+    def check(self, num_cpus: float, num_gpus: float, where: str) -> None:
+        """Raise ResourceError if this can never fit."""
+        for kind, needed, there in (("CPUs", self.num_cpus, num_cpus), ("GPUs", self.num_gpus, num_gpus)):
+            if needed > there:
+                raise ResourceError(
+                    f"the run needs {needed:g} {kind}, {where} has {there:g}",
+                    f"lower rollout.num_actors or the num_{kind.lower()} of the roles, or use a cluster with {needed:g} {kind}",
+                )
+
+
+def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
+    """Raise ResourceError if what surely lies in host memory is more than there is.
+
+    On CPUs: weights, gradients and Adam's two moments of the learner in float32 (4 x), the weights and the keys and values
+    of every engine, and every copy of the reference, which is taken to be as large as the policy.
+    """
+    learner = 0 if cfg.learner.num_gpus else 4 * weights_bytes
+    engine = 0 if cfg.rollout.num_gpus else weights_bytes + (cfg.rollout.kv_cache_bytes or 0)
+    scorer = 0 if cfg.scorer.num_gpus else weights_bytes
+    needed = learner + cfg.rollout.num_actors * engine + cfg.scorer.num_actors * scorer
+    if needed > memory_bytes:
+        raise ResourceError(
+            f"the run needs at least {needed / 2**30:.1f} GiB of memory, this machine has {memory_bytes / 2**30:.1f} GiB",
+            "lower rollout.num_actors, scorer.num_actors or rollout.kv_cache_bytes, or take a smaller model",
+        )
+
+
+def _gpus(cfg: RunConfig, num_gpus: int) -> float:
+    """GPUs that Ray sets aside for the learner or an engine. With "ipc" both are on one, which scorers may share."""
+    return _SHARED_GPU if cfg.transport == "ipc" else num_gpus
+
+
+@contextlib.contextmanager
+def ray_session(cfg: RunConfig, weights_bytes: int) -> Iterator[str]:
+    """Join the cluster that RAY_ADDRESS names (as in a Ray job), else start Ray on this machine alone.
+
+    A local Ray listens on 127.0.0.1 only and has no dashboard; its environment was set by `cluster.train.closed_ray`.
+
+    Yields:
+        Ray's session folder with its logs.
+
+    Raises:
+        ResourceError: If the run can never fit.
+    """
+    try:
+        context = _join(cfg, address) if (address := cluster_address()) else _start(weights_bytes)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        if isinstance(error, ResourceError):
+            raise
+        where = f"join the cluster at {address}" if address else "start Ray on this machine"
+        raise ResourceError(
+            f"could not {where}: {error}", "check RAY_ADDRESS and the cluster's token, or try again"
+        ) from None
+    try:
+        yield str(context.address_info.get("session_dir", ""))
+    finally:
+        ray.shutdown()
+
+
+def _join(cfg: RunConfig, address: str) -> Any:
+    context = ray.init(address, namespace="align", logging_level="ERROR", log_to_driver=False)
+    resources = ray.cluster_resources()
+    try:
+        Demand.of(cfg).check(resources.get("CPU", 0), resources.get("GPU", 0), f"the cluster at {address}")
+    except ResourceError:
+        ray.shutdown()
+        raise
+    return context
+
+
+def _start(weights_bytes: int) -> Any:
+    return ray.init(
+        "local",
+        num_cpus=num_local_cpus(),
+        num_gpus=_local_gpus(),
+        include_dashboard=False,
+        namespace="align",
+        logging_level="ERROR",
+        log_to_driver=False,
+        object_store_memory=(256 << 20) + 4 * weights_bytes,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def check_machine(cfg: RunConfig, weights_bytes: int) -> None:
+    """Raise ResourceError if a local run can never fit this machine; before anything is started."""
+    Demand.of(cfg).check(num_local_cpus(), _local_gpus(), "this machine")
+    check_memory(cfg, weights_bytes, psutil.virtual_memory().total)
+
+
+def num_local_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cluster_address() -> str | None:
+    """The cluster that RAY_ADDRESS names, or None for a Ray of the run's own."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The started actors of a run."""
+
+    fleet: FleetHandle
+    scorers: ScorerPool
+    learner: LearnerHandle
+
+    async def shutdown(self) -> None:
+        """End the engines' processes in an orderly way; Ray ends the rest."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(10):
+                await asyncio.gather(*(a.actor.shutdown.remote() for a in self.fleet.actors), return_exceptions=True)
+
+
+async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: list[Ticket], console: Console) -> Workers:
+    """Start learner, scorers and rollout actors side by side and wait until all are up.
+
+    Args:
+        cfg: The run.
+        run_dir: The run folder.
+        policy: Folder of the policy to start from.
+        canary: Tickets whose prompts begin the canary sequences.
+        console: Told of warnings.
+
+    Raises:
+        ActorLost: If one does not start within its deadline.
+    """
+    learner = LearnerHandle(
+        _create_learner(cfg, run_dir, policy),
+        Deadlines(cfg.deadlines.start_s, cfg.deadlines.update_s, cfg.deadlines.save_s),
+    )
+
+    def create_scorer(rank: int) -> Any:
+        return _create_scorer(cfg)
+
+    def create_rollout(rank: int) -> Any:
+        return _create_rollout(cfg, rank)
+
+    scorers = [ScorerHandle(create_scorer(rank), rank, cfg.scorer) for rank in range(cfg.scorer.num_actors)]
+    max_groups = max_groups_per_actor(cfg)
+    actors = [
+        RolloutHandle(create_rollout(rank), rank, cfg.rollout, max_groups) for rank in range(cfg.rollout.num_actors)
+    ]
+    await asyncio.gather(learner.ready(), *(s.ready() for s in scorers), *(a.ready() for a in actors))
+    prompts = [ticket.prompt.token_ids for ticket in canary]
+    sequences = learner.actor.canary_sequences.remote(prompts, cfg.rollout.max_model_len - 1, cfg.run.seed)
+    fleet = FleetHandle(
+        actors,
+        create_rollout,
+        learner,
+        cfg.rollout,
+        cfg.weights,
+        cfg.engine_dtype,
+        await learner.answer(sequences, "canary", cfg.deadlines.start_s),
+        Link.of(cfg.weights, cfg.transport, cfg.rollout.num_gpus, cfg.rollout.load_deadline_s),
+        console.warn,
+    )
+    scorer_pool = ScorerPool(scorers, create_scorer, cfg.scorer.max_restarts, console.warn)
+    return Workers(fleet, scorer_pool, learner)
+
+
+def max_groups_per_actor(cfg: RunConfig) -> int:
+    """Groups in flight on one actor: its share of all slots, so that no actor takes what another could do."""
+    slots = (cfg.run.max_staleness + 1) * cfg.run.prompts_per_step
+    return math.ceil(slots / cfg.rollout.num_actors)
+
+
+def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path) -> Any:
+    options = {
+        "num_cpus": cfg.learner.num_cpus,
+        "num_gpus": _gpus(cfg, cfg.learner.num_gpus),
+        "runtime_env": _environment(cfg.learner.num_threads),
+    }
+    return (
+        ray.remote(LearnerActor)
+        .options(**options)
+        .remote(
+            policy.resolve(),
+            cfg.algorithm,
+            cfg.optimizer,
+            cfg.learner,
+            compute_dtype=cfg.learner_dtype,
+            wire_dtype=cfg.engine_dtype,
+            num_steps=cfg.run.steps,
+            temperature=cfg.sampling.temperature,
+            judge=cfg.evaluation.judge,
+            trajectories=run_dir.resolve() / "trajectories",
+            seed=cfg.run.seed,
+        )
+    )
+
+
+def _create_scorer(cfg: RunConfig) -> Any:
+    options = {
+        "num_cpus": cfg.scorer.num_cpus,
+        "num_gpus": cfg.scorer.num_gpus,
+        "runtime_env": _environment(cfg.scorer.num_threads),
+    }
+    model = cfg.reference.model.resolve()
+    return ray.remote(ScorerActor).options(**options).remote(model, cfg.reward, cfg.scorer, cfg.scorer_dtype)
+
+
+def _create_rollout(cfg: RunConfig, rank: int) -> Any:
+    """Engines start from the initial policy, whatever the run stands at: before they serve, they get published weights."""
+    on_gpu = cfg.rollout.num_gpus > 0
+    environment = {} if on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+    if cfg.transport == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA's memory handles reach the engine pickled
+    options = {
+        "num_cpus": cfg.rollout.num_cpus,
+        "num_gpus": _gpus(cfg, cfg.rollout.num_gpus),
+        "runtime_env": _environment(cfg.rollout.num_threads, environment),
+        # Training and an evaluation at once, with room for loads: a call beyond this number would wait for a group.
+        "max_concurrency": 2 * max_groups_per_actor(cfg) + 16,
+    }
+    settings = engine_settings(
+        cfg.policy.model.resolve(), cfg.rollout, cfg.engine_dtype, cfg.run.seed + rank, cfg.transport
+    )
+    return ray.remote(RolloutActor).options(**options).remote(rank, settings, cfg.sampling)
+
+
+def _environment(num_threads: int, more: dict[str, str] | None = None) -> dict[str, Any]:
+    threads = {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"env_vars": QUIET | threads | (more or {})}

@@ -1,0 +1,194 @@
+"""The rollout actor: one vLLM engine that samples groups and serves published weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from align.types import FinishReason, Group, Ticket, Trajectory
+from cluster.faults import ActorLost
+from cluster.weights import ExportedWeights
+
+if TYPE_CHECKING:
+    from cluster.engine import Completion
+
+_CPU_KV_CACHE_BYTES = 256 << 20
+
+
+class SamplingConfig(BaseModel):
+    """The distribution that completions are sampled from: temperature first, then top-k and top-p, renormalised."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: int = Field(64, ge=1, description="Most tokens of a completion.")
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Divides the logits; the learner uses the same."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; training needs 1 (all tokens).")
+    top_k: int = Field(0, ge=0, description="Most likely tokens; training needs 0 (all tokens).")
+    stop_token_ids: tuple[int, ...] = Field((), description="Tokens that end a completion besides the model's own.")
+
+
+class RolloutConfig(BaseModel):
+    """Rollout actors and their engines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_actors: int = Field(1, ge=1, description="Rollout actors, each with an engine of its own.")
+    num_gpus: int = Field(0, ge=0, description="GPUs of one engine (tensor parallel); 0 = CPU.")
+    num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for one actor; a fraction shares one.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of one engine.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of weights and activations; auto: bfloat16 where the processor has it, else float32."
+    )
+    max_model_len: int = Field(512, ge=8, description="Longest prompt plus completion, in tokens.")
+    max_num_seqs: int = Field(256, ge=1, description="Sequences that one engine generates at once.")
+    kv_cache_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="Memory for keys and values of one engine; left out: 256 MiB on CPU, on GPUs what "
+        "gpu_memory_utilization allows.",
+    )
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="Share of a GPU's memory for the engine.")
+    max_restarts: int = Field(3, ge=0, description="Rollout actors that may be replaced in a run before it ends.")
+    start_deadline_s: float = Field(300, gt=0, description="Time for an engine to start.")
+    rollout_deadline_s: float = Field(600, gt=0, description="Time for one group; a later answer condemns the actor.")
+    load_deadline_s: float = Field(300, gt=0, description="Time to load one version.")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSummary:
+    """What the controller needs to know about a group."""
+
+    oldest_version: int
+    num_tokens: int
+    num_stopped: int
+
+
+class RolloutActor:
+    """Samples groups with one engine. A plain class; `placement.py` makes it a Ray actor.
+
+    Args:
+        rank: Number of this actor.
+        settings: Keyword arguments of `cluster.engine.EngineSettings`.
+        sampling: How to sample.
+    """
+
+    def __init__(self, rank: int, settings: dict[str, Any], sampling: SamplingConfig) -> None:
+        from cluster.engine import Engine, EngineSettings, Sampling
+
+        self.rank = rank
+        self.engine = Engine(EngineSettings(**settings))
+        self.sampling = Sampling(**sampling.model_dump())
+
+    async def ready(self) -> int:
+        """The rank, once the engine is up."""
+        return self.rank
+
+    async def rollout(self, ticket: Ticket) -> tuple[Group, GroupSummary]:
+        """Sample the group of a ticket, one request per seed.
+
+        Raises:
+            ActorLost: If the engine died or gave a request up.
+        """
+        prompt_ids = ticket.prompt.token_ids
+        completions = await self._guard(
+            "generate",
+            asyncio.gather(*(self.engine.generate(prompt_ids, self.sampling, seed) for seed in ticket.seeds)),
+        )
+        if any(c.finish_reason is FinishReason.ABORT or not c.token_ids for c in completions):
+            raise ActorLost("rollout", self.rank, "generate", "the engine gave a request up before it was done")
+        pairs = zip(completions, ticket.seeds, strict=True)
+        group = Group(ticket, tuple(_trajectory(prompt_ids, completion, seed) for completion, seed in pairs))
+        return group, summarize(group)
+
+    async def load(self, weights: ExportedWeights) -> int:
+        """Serve other weights; returns the version that is served now. Raises WrongWeights, ActorLost."""
+        await self._guard("load", self.engine.load(weights))
+        return self.engine.version
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """One of the calls by which the learner sends weights over NCCL or CUDA IPC; see `cluster.engine.Engine`."""
+        await self._guard("connect", self.engine.init_weight_transfer_engine(init_info))
+
+    async def begin_update(self) -> None:
+        """As above."""
+        await self._guard("load", self.engine.begin_update())
+
+    async def start_weight_update(self) -> None:
+        """As above."""
+        await self._guard("load", self.engine.start_weight_update())
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As above."""
+        await self._guard("load", self.engine.update_weights(update_info))
+
+    async def finish_weight_update(self) -> None:
+        """As above."""
+        await self._guard("load", self.engine.finish_weight_update())
+
+    async def commit(self, version: int, fingerprint: str) -> int:
+        """Serve what the learner sent; returns the version that is served now. Raises WrongWeights, ActorLost."""
+        await self._guard("load", self.engine.commit(version, fingerprint))
+        return self.engine.version
+
+    async def abandon_update(self) -> bool:
+        """Give up an update; whether the old weights serve on."""
+        whole: bool = await self._guard("load", self.engine.abandon_update())
+        return whole
+
+    async def canary(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of tokens 1.. of each sequence under the serving weights."""
+        return list(
+            await self._guard("canary", asyncio.gather(*(self.engine.score(sequence) for sequence in sequences)))
+        )
+
+    async def shutdown(self) -> None:
+        """End the engine's processes."""
+        self.engine.shutdown()
+
+    async def _guard(self, phase: str, work: Any) -> Any:
+        """A dead engine is a lost actor."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await work
+        except EngineDeadError as error:
+            raise ActorLost("rollout", self.rank, phase, f"the vLLM engine died ({error})") from None
+
+
+def _trajectory(prompt_ids: Sequence[int], completion: Completion, seed: int) -> Trajectory:
+    return Trajectory.from_completion(
+        prompt_ids, completion.token_ids, completion.logprobs, completion.versions, completion.finish_reason, seed
+    )
+
+
+def summarize(group: Group) -> GroupSummary:
+    """Oldest version, sampled tokens and completions that stopped by themselves."""
+    trajectories = group.trajectories
+    return GroupSummary(
+        oldest_version=min(t.oldest_version for t in trajectories),
+        num_tokens=sum(t.num_completion_tokens for t in trajectories),
+        num_stopped=sum(t.finish_reason is FinishReason.STOP for t in trajectories),
+    )
+
+
+def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str) -> dict[str, Any]:
+    """Keyword arguments of `cluster.engine.EngineSettings`."""
+    return {
+        "model": model,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": cfg.max_model_len,
+        "max_num_seqs": cfg.max_num_seqs,
+        "kv_cache_bytes": cfg.kv_cache_bytes or (None if cfg.num_gpus else _CPU_KV_CACHE_BYTES),
+        "transport": transport,
+        "on_gpu": cfg.num_gpus > 0,
+        "tensor_parallel_size": max(cfg.num_gpus, 1),
+        "gpu_memory_utilization": cfg.gpu_memory_utilization,
+    }

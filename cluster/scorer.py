@@ -1,0 +1,87 @@
+"""The scorer actor: the frozen reference, which gives token rewards and, for evaluations, whole distributions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from align.policy import Policy
+from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
+from align.types import FloatArray, Group, Prompt, TokenRewards
+
+
+class ScorerConfig(BaseModel):
+    """Scorer actors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_actors: int = Field(1, ge=1, description="Scorer actors, each with a copy of the reference.")
+    num_gpus: float = Field(0, ge=0, le=1, description="GPUs of one scorer; a fraction shares one.")
+    num_cpus: float = Field(0, ge=0, description="CPUs that Ray sets aside for one scorer.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of one scorer.")
+    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens per forward pass.")
+    max_restarts: int = Field(3, ge=0, description="Scorers that may be replaced in a run before it ends.")
+    start_deadline_s: float = Field(300, gt=0, description="Time for a scorer to start.")
+    score_deadline_s: float = Field(600, gt=0, description="Time to score one group.")
+
+
+class ScorerActor:
+    """Judges groups under the frozen reference. A plain class; `placement.py` makes it a Ray actor.
+
+    Args:
+        model: Hugging Face folder of the reference.
+        reward: alpha and clip.
+        cfg: Threads and micro-batches.
+        compute_dtype: "float32" or "bfloat16".
+    """
+
+    def __init__(self, model: Path, reward: ReferenceRewardConfig, cfg: ScorerConfig, compute_dtype: str) -> None:
+        torch.set_num_threads(cfg.num_threads)
+        device = "cuda" if cfg.num_gpus else "cpu"
+        self.exact = Policy.load(model, device=device)  # float32, for evaluations
+        self.reference = self.exact if compute_dtype == "float32" else _in_bfloat16(self.exact)
+        if cfg.num_gpus:
+            self.exact = self.reference  # one copy: the memory of a GPU is for the engine
+        self.reward = ReferenceReward(self.reference, reward, cfg.max_tokens_per_micro_batch)
+
+    def ready(self) -> None:
+        """Returns once the reference is loaded."""
+
+    def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], None]:
+        """Rewards of the trajectories of a group, and a None that tells the controller that they are there."""
+        return self.reward(group), None
+
+    @torch.no_grad()
+    def log_distributions(self, *groups: Group) -> tuple[list[FloatArray], None]:
+        """`log P_ref(v | s_t)` for every sampled token t of every trajectory: arrays [C, V], in float32; and a None."""
+        arrays = [
+            completion_log_distributions(self.exact, t.token_ids, t.loss_mask, temperature=1.0).cpu().numpy()
+            for group in groups
+            for t in group.trajectories
+        ]
+        return arrays, None
+
+    def sample(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[str]:
+        """What the reference itself answers, one completion per prompt, as text."""
+        token_ids = [prompt.token_ids for prompt in prompts]
+        completions = self.exact.sample(token_ids, max_tokens=max_tokens, temperature=1.0, seed=seed)
+        return [self.reference.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+
+
+def _in_bfloat16(policy: Policy) -> Policy:
+    """A copy whose weights are bfloat16: frozen weights are cast once, not at every forward pass."""
+    return Policy(copy.deepcopy(policy.model).to(torch.bfloat16), policy.tokenizer)
+
+
+def completion_log_distributions(
+    policy: Policy, token_ids: np.ndarray, loss_mask: np.ndarray, temperature: float
+) -> torch.Tensor:
+    """`log softmax(logits / temperature)` for every token in the loss mask: [C, V]."""
+    start = int(loss_mask.argmax())
+    logits = policy.logits(torch.from_numpy(token_ids)[None].to(policy.device), start)[0]
+    return torch.log_softmax(logits[torch.from_numpy(loss_mask[start:])].float() / temperature, dim=-1)

@@ -1,0 +1,74 @@
+"""Entry of a run: check everything that can be checked, start Ray, train, and turn errors into exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+
+from cluster.config import RunConfig
+from cluster.faults import INTERRUPTED, RunError
+from cluster.folder import RunFolder
+from cluster.inputs import Inputs, load_inputs
+from cluster.memory import MemoryMeter
+from cluster.processor import native_dtype
+from cluster.sinks import Console, check_online
+
+
+def train(cfg: RunConfig) -> int:
+    """Run to the end; returns the exit code: 0 finished, 130 interrupted, else that of the error (see `cluster.faults`)."""
+    started = time.monotonic()
+    console = Console(cfg.run.steps)
+    try:
+        inputs = load_inputs(cfg)
+        online = check_online(cfg.wandb, console.warn)
+        if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+            os.environ.update(closed_ray())
+        from cluster.placement import check_machine, cluster_address, ray_session
+        from cluster.training import Training
+
+        if cluster_address() is None:
+            check_machine(cfg, inputs.weights_bytes)
+        folder = RunFolder(RunFolder.default_path(cfg), cfg)
+        _announce(cfg, inputs, folder, console)
+        with folder.lock(), MemoryMeter() as memory, ray_session(cfg, inputs.weights_bytes) as session:
+            folder.write_environment(cfg, {"ray_session": session, "dtype": cfg.engine_dtype})
+            return asyncio.run(Training(cfg, inputs, folder, console, memory, started, online).run())
+    except RunError as error:
+        console.close()
+        console.say(f"error {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.close()
+        console.say("interrupted")
+        return INTERRUPTED
+
+
+def _announce(cfg: RunConfig, inputs: Inputs, folder: RunFolder, console: Console) -> None:
+    native = native_dtype(on_gpu=cfg.rollout.num_gpus > 0)
+    reason = native.reason if cfg.rollout.dtype == "auto" else "set by rollout.dtype"
+    run = cfg.run
+    console.say(f"run folder   {folder.path}" + (" (resumed)" if folder.resumed else ""))
+    console.say(f"policy       {cfg.policy.model}")
+    console.say(f"reference    {cfg.reference.model}")
+    console.say(f"prompts      {len(inputs.train)} to train on, {len(inputs.heldout)} held out")
+    console.say(
+        f"each step    {run.prompts_per_step} prompts x {run.group_size} trajectories, staleness at most {run.max_staleness}"
+    )
+    console.say(f"computes in  {cfg.engine_dtype}: {reason}")
+    console.say("starting     Ray, engine, reference and learner …")
+
+
+def closed_ray() -> dict[str, str]:
+    """Environment of a local Ray: loopback only, and a token that lives as long as the run.
+
+    Ray reads it when it is imported, so it has to be set before.
+    """
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray replaces 127.0.0.1 by the machine's address
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else every actor yields to whatever else the machine does
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }

@@ -1,0 +1,246 @@
+"""One run from its first process to its report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from align.metrics import Metric, reduce
+from align.prompts import PromptStream, derive_seed
+from cluster import checkpoint
+from cluster.buffer import Buffer
+from cluster.config import RunConfig
+from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
+from cluster.faults import INTERRUPTED
+from cluster.folder import RunFolder, resolved, write_atomically
+from cluster.inputs import Inputs
+from cluster.ledger import Ledger
+from cluster.loop import Run, run_loop
+from cluster.memory import MemoryMeter
+from cluster.placement import start_workers
+from cluster.report import verdict, write_report
+from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
+from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
+
+
+class Training:
+    """One run from its first process to its report.
+
+    Args:
+        cfg: The run.
+        inputs: Checked inputs.
+        folder: The run folder.
+        console: The console.
+        memory: The memory meter.
+        started: `time.monotonic()` at the start.
+        online: Whether W&B is uploaded to.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        inputs: Inputs,
+        folder: RunFolder,
+        console: Console,
+        memory: MemoryMeter,
+        started: float,
+        online: bool,
+    ) -> None:
+        self.cfg, self.inputs, self.folder, self.console, self.memory = cfg, inputs, folder, console, memory
+        self.started = started
+        self.stop = asyncio.Event()
+        self.interrupts = 0
+        metrics = folder.path / "metrics.jsonl"
+        self.earlier_s = seconds_so_far(metrics) if metrics.is_file() else 0.0
+        sinks: list[Sink] = [console, JsonLines(metrics)]
+        self.sinks = Sinks(sinks, console.warn, started)
+        if cfg.wandb.mode != "disabled":
+            self.sinks.add(lambda: WandbSink(cfg.wandb, folder.path, folder.path.name, resolved(cfg), online))
+        self.samples = Samples(folder.path / "samples.json")
+
+    async def run(self) -> int:
+        """Train, and write the end of the run whatever happens; see `train` for the exit code."""
+        status: str = "failed"
+        error: Exception | None = None
+        try:
+            self._listen()
+            status = await self._train()
+        except asyncio.CancelledError:
+            status = "stopped"
+        except Exception as raised:  # the outermost frame: the folder gets its end first, then this is raised
+            error = raised
+        await asyncio.to_thread(self._finish, status, error)
+        if error is not None:
+            raise error
+        return 0 if status == "finished" else INTERRUPTED
+
+    def _listen(self) -> None:
+        """First Ctrl-C (or SIGTERM): stop after the step and save. Second: stop now. Third: die."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def interrupt() -> None:
+            self.interrupts += 1
+            if self.interrupts == 1 and self.training:
+                self.console.warn("stopping: the step in progress ends, a checkpoint is saved; Ctrl-C again stops now")
+                self.stop.set()
+            elif self.interrupts <= 2 and task is not None:
+                task.cancel()
+            else:
+                os._exit(INTERRUPTED)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+
+    training = False
+
+    async def _train(self) -> str:
+        cfg = self.cfg
+        restored = checkpoint.newest(self.folder.path / "checkpoints")
+        state = restored.state if restored else checkpoint.RunState(0, 0, (), 0)
+        self.stream = PromptStream(
+            self.inputs.train, cfg.run.group_size, cfg.run.seed, state.cursor, deque(sorted(state.leased))
+        )
+        canary = [self.stream.ticket(number) for number in range(cfg.weights.canary_sequences)]
+        policy = restored.policy if restored else cfg.policy.model
+        self.workers = await start_workers(cfg, self.folder.path, policy, canary, self.console)
+        try:
+            if restored:
+                self.console.say(f"resuming     after step {state.version}, from {restored.path}")
+                await self._learner(self.workers.learner.actor.restore.remote(restored.path.resolve(), state.version))
+            return await self._loop(state)
+        finally:
+            await self.workers.shutdown()
+
+    async def _loop(self, state: checkpoint.RunState) -> str:
+        cfg = self.cfg
+        self.console.say(f"ready after  {time.monotonic() - self.started:.0f} s")
+        metrics = await self.workers.fleet.publish(state.version)
+        self.evaluator = self._evaluator()
+        if not self.samples.begun:
+            await self._evaluate(state.version, metrics)
+            await self._reference_samples()
+            self.samples.mark_begun()
+        self.run_state = Run(
+            prompts=self.stream,
+            buffer=Buffer(cfg.run.prompts_per_step, cfg.run.max_staleness),
+            fleet=self.workers.fleet,
+            scorer=self.workers.scorers,
+            learner=self.workers.learner,
+            observer=self,
+            ledger=Ledger(state.num_trained),
+            max_staleness=cfg.run.max_staleness,
+            first_step=state.version + 1,
+            last_step=cfg.run.steps,
+            stop=self.stop,
+        )
+        self.training = True
+        last = await run_loop(self.run_state)
+        self.training = False
+        finished = last == cfg.run.steps
+        if not finished and last > state.version and last % cfg.checkpoint.every:
+            await self._save(last)
+        if finished:
+            await self._learner(self.workers.learner.actor.export_policy.remote(self.folder.path.resolve() / "policy"))
+        return "finished" if finished else "stopped"
+
+    async def after_step(self, step: int, metrics: list[Metric]) -> None:
+        """See `cluster.loop.Observer`: evaluate, save and log."""
+        cfg = self.cfg
+        metrics = [*metrics, Metric("memory/rss_bytes", self.memory.peak_bytes)]
+        last = step == cfg.run.steps
+        if last or step % cfg.checkpoint.every == 0:
+            began = time.perf_counter()
+            await self._save(step)
+            metrics.append(Metric("time/checkpoint_s", time.perf_counter() - began))
+        if last or step % cfg.evaluation.every == 0:
+            await self._evaluate(step, metrics)
+        else:
+            self.sinks.log(step, reduce(metrics))
+
+    async def _evaluate(self, step: int, metrics: list[Metric]) -> None:
+        began = time.perf_counter()
+        for name, answers in (await self.evaluator.evaluate()).items():
+            metrics = [*metrics, *metrics_of(name, answers)]
+            first_answers = answers[:: self.cfg.evaluation.group_size]
+            self.samples.add(name, first_answers, self.cfg.evaluation.num_samples)
+        metrics.append(Metric("time/eval_s", time.perf_counter() - began))
+        self.sinks.log(step, reduce(metrics))
+
+    async def _save(self, step: int) -> None:
+        run = self.run_state
+        leased = (*run.prompts.returned, *sorted(run.ledger.in_flight))
+        state = checkpoint.RunState(step, run.prompts.cursor, tuple(sorted(leased)), run.ledger.num_trained)
+
+        async def write(directory: Path) -> None:
+            await self._learner(self.workers.learner.actor.save.remote(directory.resolve()))
+
+        await checkpoint.save(self.folder.path / "checkpoints", state, self.cfg.checkpoint.keep, write)
+
+    async def _learner(self, reference: Any) -> Any:
+        return await self.workers.learner.answer(reference, "save or restore", self.cfg.deadlines.save_s)
+
+    def _evaluator(self) -> Evaluator:
+        cfg, num = self.cfg, self.cfg.evaluation.max_prompts
+        first = [self.stream.ticket(n).prompt for n in range(min(num, len(self.inputs.train)))]
+        sets = {"heldout": self.inputs.heldout[:num], "train": first}
+        seed = derive_seed(cfg.run.seed, "evaluation")
+        tickets = {
+            name: fixed_tickets(prompts, cfg.evaluation.group_size, seed) for name, prompts in sets.items() if prompts
+        }
+        bytes_per_group = 4 * self.inputs.vocab_size * cfg.sampling.max_tokens * cfg.evaluation.group_size
+        return Evaluator(tickets, self.workers, bytes_per_group)
+
+    async def _reference_samples(self) -> None:
+        """Answers of the reference: to all prompts where a judge counts them, else to those that are shown."""
+        cfg, seed = self.cfg.evaluation, derive_seed(self.cfg.run.seed, "reference")
+        for name, tickets in self.evaluator.sets.items():
+            asked = tickets if cfg.judge else tickets[: cfg.num_samples]
+            if not asked:
+                continue
+            prompts = [ticket.prompt for _ in range(cfg.group_size) for ticket in asked]
+            texts = await self.workers.scorers.sample(prompts, self.cfg.sampling.max_tokens, seed)
+            self.samples.add_reference(name, [prompt.text for prompt in prompts], texts, cfg.judge)
+
+    def _finish(self, status: str, error: Exception | None) -> None:
+        """Summary, report, and the last words on the console."""
+        self.sinks.close()
+        path = self.folder.path
+        summary = summarize_run(read_rows(path / "metrics.jsonl"), self.samples.content)
+        summary |= {
+            "name": self.cfg.run.name,
+            "seed": self.cfg.run.seed,
+            "status": status,
+            "wall_s": round(self.earlier_s + time.monotonic() - self.started, 1),
+            "warnings": self.console.warnings,
+        }
+        if error is not None:
+            summary["error"] = str(error) or type(error).__name__
+        write_atomically(path / "summary.json", json.dumps(summary, indent=2))
+        report = write_report(path)
+        self.console.say("")
+        self.console.say(f"{status} after {summary['steps']} steps and {summary['wall_s']:.0f} s. {verdict(summary)}")
+        self.console.say(_how_to_look(path, report, status))
+
+
+def _how_to_look(path: Path, report: Path, status: str) -> str:
+    lines = [
+        ("report", f"open {report} in a browser"),
+        ("figures", f"cat {path}/summary.json; a line per step in {path}/metrics.jsonl"),
+        ("trajectories", f"{path}/trajectories/*.parquet (pandas.read_parquet)"),
+        ("checkpoints", f"{path}/checkpoints/step_*/policy (Hugging Face folders)"),
+        ("W&B", f"wandb sync {path}/wandb/offline-run-*"),
+    ]
+    if status == "finished":
+        lines.append(("policy", f"{path}/policy (a Hugging Face folder for transformers and vLLM)"))
+    else:
+        lines.append(("resume", f"align train {path}/config.toml --set run.dir={path}"))
+    if status == "failed":
+        session = json.loads((path / "environment.json").read_text())["ray_session"]
+        lines.append(("logs", f"{session}/logs (every process of the run)"))
+    return "\n".join(f"  {name:<13} {text}" for name, text in lines)

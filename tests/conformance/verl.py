@@ -1,0 +1,286 @@
+"""verl's functions and what they are in our settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align import losses, returns
+from tests.conformance import verl_advantages, verl_corrections
+from tests.conformance.departures import CRITIC, straight_through_gradient
+from tests.conformance.peers import (
+    EXACT,
+    WITH_EPSILON,
+    Case,
+    Differs,
+    Equal,
+    NotOffered,
+    Verdict,
+    at,
+    loss_of,
+    scaled,
+    whole_mean,
+)
+from tests.conformance.policies import entropy_verdict, logprob_verdict
+from tests.conformance.verl_advantages import KL, NO_ABS
+from tests.conformance.verl_corrections import bounded_weights
+
+AGGREGATION = {
+    "token-mean": "token_mean",
+    "token-sum": "sum",
+    "seq-mean-token-sum": "trajectory_mean",
+    "seq-mean-token-mean": "trajectory_token_mean",
+    "seq-mean-token-sum-norm": "constant_length",
+}
+NOT_OFFERED = {
+    "compute_gae_advantage_return": CRITIC,
+    "compute_value_loss": CRITIC,
+    "compute_grpo_passk_outcome_advantage": "pass@k: only the best of a group is rewarded",
+    "compute_opo_outcome_advantage": "OPO: baseline weighted by length",
+    "compute_gpg_outcome_advantage": "GPG: scaled by the number of non-zero rewards",
+    "compute_remax_outcome_advantage": "ReMax: needs a greedy rollout as baseline",
+    "compute_optimal_token_baseline_advantage": "optimal token baseline: needs sum over v of pi(v)^2",
+    "compute_multi_turn_optimal_token_baseline_advantage": "optimal token baseline: needs sum over v of pi(v)^2",
+    "compute_gdpo_outcome_advantage": "GDPO: several rewards, each normalised by itself",
+    "AdaptiveKLController.update": "the KL coefficient is fixed in this part",
+    "compute_policy_loss_sapo": "SAPO: soft gates instead of a clip",
+    "compute_policy_loss_geo_mean": "GMPO: geometric mean of clipped ratios",
+    "compute_policy_loss_dro": "DRO: quadratic loss on the log-ratio",
+    "compute_policy_loss_dppo_tv": "DPPO: tokens masked by a divergence of distributions",
+    "compute_policy_loss_dppo_kl": "DPPO: tokens masked by a divergence of distributions",
+    "compute_policy_loss_clip_cov": "Clip-Cov: tokens chosen by covariance",
+    "compute_policy_loss_kl_cov": "KL-Cov: tokens chosen by covariance",
+    "calculate_sum_pi_squared_from_logits": "read by the optimal token baseline alone",
+    "masked_var": "a step inside whitening; compared there",
+}
+
+
+def classify(case: Case) -> Verdict:
+    """The verdict on a case.
+
+    Raises:
+        KeyError: If nobody said what its function is.
+    """
+    if case.function in NOT_OFFERED:
+        return NotOffered(NOT_OFFERED[case.function])
+    if case.function not in HANDLERS:
+        raise KeyError(f"{case.function} is not classified")
+    return HANDLERS[case.function](case)
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+def aggregation(params: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None, int]:
+    """Our parts, the whole batch's rows and tokens, and the factor of data parallelism that their mean over ranks undoes."""
+    how = AGGREGATION[params["loss_agg_mode"].split(" ")[0]]
+    known = {**params, **params.get("global_batch_info", {})}
+    parts: dict[str, Any] = {"aggregation": how}
+    if how == "constant_length":
+        parts["loss_length"] = known.get("loss_scale_factor", 9)
+    whole = (known["global_batch_size"], known["batch_num_tokens"]) if "global_batch_size" in known else None
+    return parts, whole, known.get("dp_size", 1)
+
+
+def aggregated(case: Case) -> Verdict:
+    """`agg_loss`, shown on the loss -A * log pi with log pi = -1: its losses are A."""
+    parts, whole, ranks = aggregation(case.params)
+    mask, values = case.mask("loss_mask"), case.input("loss_mat")
+    result = loss_of(mask, -torch.ones_like(values), torch.zeros_like(values), values, whole=whole, **parts)
+    ours = {"loss": ranks * result["loss"], "gradient": -ranks * result["gradient"] / values}
+    pairs = {
+        "loss": (ours["loss"], case.output("loss")),
+        "gradient": (ours["gradient"], case.output("grad_loss_mat")),
+    }
+    if "(old)" in case.function:
+        rows = float(mask.any(1).sum())
+        explained = {name: value * rows for name, value in ours.items()}
+        return Differs("not divided by the number of trajectories", pairs, WITH_EPSILON, explained)
+    return Equal(pairs, WITH_EPSILON)
+
+
+def policy_loss(surrogate: str) -> Callable[[Case], Verdict]:
+    """The handler of a loss that is one of our surrogates."""
+
+    def handler(case: Case) -> Verdict:
+        parts, whole, ranks = aggregation(case.params)
+        parts["surrogate"] = surrogate
+        if surrogate in ("ppo_clip", "gspo", "cispo"):
+            parts["clip_low"] = case.params.get("clip_ratio_low", case.params.get("cliprange_low"))
+            parts["clip_high"] = case.params.get("clip_ratio_high", case.params.get("cliprange_high"))
+        if surrogate == "ppo_clip":
+            parts["dual_clip"] = case.params["clip_ratio_c"]
+        if surrogate == "gspo":
+            parts["aggregation"] = "trajectory_token_mean"
+        result = loss_of(*arguments(case), weights=given_weights(case), whole=whole, **parts)
+        pairs = compared(case, scaled(result, ranks))
+        if surrogate == "gspo" and ("/tok" in case.id or given_weights(case) is not None):
+            return straight_through(case, result, parts)
+        if surrogate in ("ppo_clip", "gspo") and clip_fraction(case, "lower") == 0:
+            pairs["clipped"] = (result["clipped"], torch.tensor(clip_fraction(case, "")).double())
+        return Equal(pairs, WITH_EPSILON)
+
+    return handler
+
+
+def arguments(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mask, log-probs, those that the ratio starts from, advantages."""
+    old = "old_log_prob" if "old_log_prob" in case.inputs else "rollout_log_prob"
+    return case.mask("response_mask"), case.input("log_prob"), case.input(old), case.input("advantages")
+
+
+def given_weights(case: Case) -> Tensor | None:
+    return None if case.inputs.get("rollout_is_weights") is None else case.input("rollout_is_weights")
+
+
+def compared(case: Case, result: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        "loss": (result["loss"], case.output("loss")),
+        "gradient": (result["gradient"], case.output("grad_log_prob")),
+    }
+
+
+def clip_fraction(case: Case, which: str) -> float:
+    name = f"pg_clipfrac_{which}".removesuffix("_")
+    return float(case.outputs["metrics"][f"actor/{name}"] if "metrics" in case.outputs else case.outputs[name])
+
+
+def straight_through(case: Case, result: dict[str, Tensor], parts: dict[str, Any]) -> Verdict:
+    """GSPO with token advantages or weights: each token has the gradient of its own, not of the row's mean."""
+    explained = straight_through_gradient(*arguments(case), given_weights(case), parts)
+    pairs = compared(case, result)
+    return Differs(
+        "GSPO-token: each token gets the gradient of its own advantage; ours is the gradient of the loss",
+        {"gradient": pairs["gradient"]},
+        WITH_EPSILON,
+        {"gradient": explained},
+        equal={"loss": pairs["loss"]},
+    )
+
+
+def bypass(case: Case) -> Verdict:
+    correction = case.params["rollout_correction"]
+    if correction["rollout_rs"] is not None:
+        return NotOffered("rejection without weights: tokens leave the mask and the denominator")
+    if correction["loss_type"] == "ppo_clip":
+        return policy_loss("ppo_clip")(case)
+    mask, logprobs, old, advantages = arguments(case)
+    parts = {"aggregation": "token_mean", "importance": "truncated", "importance_level": "sequence_sum"}
+    result = loss_of(mask, logprobs, old, advantages, max_importance_weight=correction["rollout_is_threshold"], **parts)
+    return Equal(compared(case, result), WITH_EPSILON)
+
+
+def corrected_policy_loss(case: Case) -> Verdict:
+    """Weights between rollout and old, PPO's clip between old and new. In a run `old` is the policy: one step per batch."""
+    mask, logprobs, old, advantages = arguments(case)
+    weights, _ = bounded_weights(case, old - case.input("rollout_log_prob"), mask)
+    clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": case.params["clip_ratio_c"]}
+    parts = {"surrogate": "ppo_clip", "aggregation": "token_mean", **clips}
+    result = loss_of(mask, logprobs, old, advantages, weights=weights, **parts)
+    pairs = compared(case, result)
+    return Equal({**pairs, "weights": (at(mask, weights), at(mask, case.output("weights")))}, WITH_EPSILON)
+
+
+# --- KL, entropy, statistics -------------------------------------------------------------------------------------
+
+
+def kl(case: Case) -> Verdict:
+    name = case.params["kl_penalty"]
+    plus, name = name.endswith("+"), name.removesuffix("+")
+    if name == "abs":
+        return NO_ABS
+    kind = KL[name]
+    if plus and kind == "k1":
+        return NotOffered("the value of k1 with the gradient of k2: as a loss it is k2, whose value is at hand")
+    if "error" in case.outputs:
+        logprobs, ref = case.input("logprob"), case.input("ref_logprob")
+        ours = losses.kl_estimate(logprobs, ref, "k3_grad_k2")
+        shown = (case.outputs["error"] == "NotImplementedError", bool(ours.isfinite().all()))
+        absent = {"kl": (ours, torch.zeros_like(ours))}
+        return Differs("the older version looks the name up with its plus sign and raises", absent, shown=shown)
+    return kl_verdict(case, "k3_grad_k2" if plus and kind == "k3" else kind, bound=10.0)
+
+
+def kl_verdict(case: Case, kind: str, bound: float) -> Verdict:
+    """Elementwise or aggregated KL; theirs cuts the value of k3, and with it the gradient unless that is k2's."""
+    leaf = case.input("logprob").requires_grad_()
+    ref = case.input("ref_logprob")
+    ours = losses.kl_estimate(leaf, ref, kind)
+    cut = ours.clamp(-bound, bound) if kind == "k3" else ours + (ours.clamp(-bound, bound) - ours).detach()
+    theirs = {"gradient": case.output("grad_logprob")} if "grad_logprob" in case.outputs else {}
+    results = []
+    for values in (ours, cut):
+        if "loss" in case.outputs:
+            mask = case.mask("loss_mask")
+            how = AGGREGATION[case.params["loss_agg_mode"]]
+            values = losses.aggregate(values, mask, losses.trajectory_weights(how, mask, torch.zeros(12).long()))
+        (gradient,) = torch.autograd.grad(values.sum(), leaf, retain_graph=True)
+        results.append({"value": values.detach(), "gradient": gradient})
+    theirs["value"] = case.output("loss" if "loss" in case.outputs else "kl")
+    pairs = {name: (results[0][name], value) for name, value in theirs.items()}
+    tolerance = WITH_EPSILON if "loss" in case.outputs else EXACT
+    if kind.startswith("k3") and "extreme" in case.id:
+        explained = {name: results[1][name] for name in theirs}
+        return Differs(
+            "k3 is cut at 10; beyond it the value stays and its own gradient ends", pairs, tolerance, explained
+        )
+    return Equal(pairs, tolerance)
+
+
+def masked(case: Case) -> Verdict:
+    if not case.params.get("shift_mean", True):
+        return NotOffered("scaling without centring")
+    mask, values = case.mask("mask"), case.input("values")
+    if case.function == "masked_whiten":
+        theirs = at(mask, case.output("out"))
+        return Equal({"out": (at(mask, returns.whiten(values, mask)), theirs)}, WITH_EPSILON)
+    how = "sum" if case.function == "masked_sum" else "token_mean"
+    parts = [slice(None)] if "axis" not in case.params else [slice(b, b + 1) for b in range(12)]
+    ours = torch.stack([whole_mean(values[rows], mask[rows], how) for rows in parts])
+    return Equal({"out": (ours.reshape(case.output("out").shape), case.output("out"))}, WITH_EPSILON)
+
+
+HANDLERS: dict[str, Callable[[Case], Verdict]] = {
+    "compute_grpo_outcome_advantage": verl_advantages.group_relative,
+    "compute_grpo_vectorized_outcome_advantage": verl_advantages.group_relative,
+    "compute_grpo_vectorized_outcome_advantage (old)": verl_advantages.group_relative,
+    "compute_rloo_outcome_advantage": verl_advantages.leave_one_out,
+    "compute_rloo_vectorized_outcome_advantage": verl_advantages.leave_one_out,
+    "compute_reinforce_plus_plus_outcome_advantage": verl_advantages.whitened,
+    "compute_reinforce_plus_plus_outcome_advantage (old)": verl_advantages.whitened,
+    "compute_reinforce_plus_plus_baseline_outcome_advantage": verl_advantages.whitened_group,
+    "apply_kl_penalty": verl_advantages.kl_in_reward,
+    "apply_kl_penalty + advantage": verl_advantages.advantages_with_kl,
+    "compute_rewards": verl_advantages.rewards_with_kl,
+    "agg_loss": aggregated,
+    "agg_loss (old)": aggregated,
+    "compute_policy_loss_vanilla": policy_loss("ppo_clip"),
+    "compute_policy_loss": policy_loss("ppo_clip"),
+    "compute_policy_loss_gspo": policy_loss("gspo"),
+    "compute_policy_loss_cispo": policy_loss("cispo"),
+    "compute_policy_loss_gpg": policy_loss("reinforce"),
+    "compute_policy_loss_reinforce": policy_loss("reinforce"),
+    "compute_policy_loss_bypass_mode": bypass,
+    "compute_rollout_correction_weights + compute_policy_loss_vanilla": corrected_policy_loss,
+    "kl_penalty": kl,
+    "kl_penalty (old)": kl,
+    "kl_penalty_forward": kl,
+    "agg_loss(kl_penalty)": kl,
+    "entropy_from_logits": entropy_verdict,
+    "entropy_from_logits_with_chunking": entropy_verdict,
+    "compute_entropy_loss": entropy_verdict,
+    "logprobs_from_logits_naive": logprob_verdict,
+    "logprobs_from_logits_v2": logprob_verdict,
+    "logprobs_from_logits": logprob_verdict,
+    "masked_mean": masked,
+    "masked_sum": masked,
+    "masked_whiten": masked,
+    "compute_rollout_correction_weights": verl_corrections.rollout_weights,
+    "compute_rollout_rejection_mask": verl_corrections.rejection,
+    "compute_rollout_correction_and_rejection_mask": verl_corrections.weights_and_rejection,
+    "compute_offpolicy_metrics": verl_corrections.off_policy_metrics,
+    "compute_rollout_corr_metrics_from_logprobs": verl_corrections.off_policy_metrics,
+}

@@ -1,0 +1,117 @@
+"""The demo, as `make demo` runs it: its figures, and everything that it leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.metrics import GLOSSARY
+from tests.integration.runs import DEMO, align, summary, trajectories
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def demo(tiny_task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The finished run folder and the console text."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    code, console = align("train", DEMO, "--set", f"run.dir={folder}", timeout_s=600)
+    assert code == 0, console[-4000:]
+    return folder, console
+
+
+def test_the_demo_reaches_its_goals_on_prompts_never_trained_on(demo: tuple[Path, str]) -> None:
+    figures = summary(demo[0])
+    print(json.dumps(figures, indent=2))
+    assert figures["status"] == "finished"
+    assert figures["grammatical_before"] < 0.15
+    assert figures["grammatical_after"] >= 0.90
+    assert figures["kl_per_token_before"] >= 20 * figures["kl_per_token_after"]
+
+
+def test_the_demo_reaches_its_goals_on_trained_prompts(demo: tuple[Path, str]) -> None:
+    figures = summary(demo[0])
+    assert figures["grammatical_before_train"] < 0.15
+    assert figures["grammatical_after_train"] >= 0.90
+    assert figures["kl_per_token_before_train"] >= 20 * figures["kl_per_token_after_train"]
+
+
+def test_engine_and_learner_agreed_on_every_token_of_the_run(demo: tuple[Path, str]) -> None:
+    figures = summary(demo[0])
+    assert 0 < figures["mismatch_mean"] <= 1e-5
+    assert figures["mismatch_max"] <= 1e-3
+
+
+def test_all_processes_together_stayed_under_ten_gibibytes(demo: tuple[Path, str]) -> None:
+    assert 0.5 * 2**30 < summary(demo[0])["peak_rss_bytes"] < 10 * 2**30
+
+
+def test_the_run_folder_is_complete(demo: tuple[Path, str]) -> None:
+    folder, console = demo
+    for name in ("config.toml", "environment.json", "metrics.jsonl", "samples.json", "report.html", "curves.svg"):
+        assert (folder / name).stat().st_size > 0, name
+    assert tomllib.loads((folder / "config.toml").read_text())["run"]["seed"] == 1
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["seed"] == 1
+    assert {"torch", "transformers", "ray", "wandb"} <= environment["packages"].keys()
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    for shown in ("report.html", "metrics.jsonl", "trajectories", "wandb sync", "policy"):
+        assert shown in console.split("finished after")[-1]
+
+
+def test_the_console_shows_every_step_and_the_time_left(demo: tuple[Path, str]) -> None:
+    folder, console = demo
+    steps = summary(folder)["steps"]
+    lines = [line for line in console.splitlines() if f"/{steps} " in line]
+    assert len(lines) == steps
+    assert all(":" in line.split()[-1] for line in lines[1:]), "every step after the first says the time left"
+
+
+def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) -> None:
+    rows = [json.loads(line) for line in (demo[0] / "metrics.jsonl").read_text().splitlines()]
+    emitted = {name for row in rows for name in row} - {"step", "wall_s"}
+    assert emitted <= GLOSSARY.keys()
+    of_parts_that_the_demo_does_not_use = {
+        "advantage/clipped_fraction",
+        "importance/truncated_fraction",
+        "importance/weight_mean",
+        "kl/policy_reference",
+        "reward/clipped_fraction",
+        "surrogate/clipped_fraction",
+        "trajectory/overlong_masked_fraction",
+    }
+    assert GLOSSARY.keys() - emitted == of_parts_that_the_demo_does_not_use
+
+
+def test_every_prompt_was_trained_exactly_once_and_on_policy(demo: tuple[Path, str]) -> None:
+    by_step = trajectories(demo[0])
+    assert list(by_step) == list(range(1, summary(demo[0])["steps"] + 1))
+    seen: set[tuple[int, int]] = set()
+    for step, rows in by_step.items():
+        assert len(rows) == 64 * 4
+        assert {version for row in rows for version in row["versions"]} == {step - 1}
+        seen |= {(row["ticket"], row["repeat"]) for row in rows}
+    assert seen == {(t, r) for t in range(64 * len(by_step)) for r in range(4)}
+
+
+def test_rewards_on_disk_are_reference_minus_behavior(demo: tuple[Path, str]) -> None:
+    for row in trajectories(demo[0])[1]:
+        expected = [ref - own for ref, own in zip(row["ref_logprobs"], row["behavior_logprobs"], strict=True)]
+        assert row["rewards"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_exported_policy_is_what_transformers_loads_and_the_report_shows(demo: tuple[Path, str]) -> None:
+    from align.policy import Policy
+
+    policy = Policy.load(demo[0] / "policy")
+    ids = policy.tokenizer.encode("the")
+    (completion,) = policy.sample([ids], max_tokens=32, temperature=1.0, seed=0)
+    assert completion[-1] in policy.end_token_ids()
+    page = (demo[0] / "report.html").read_text()
+    first: dict[str, Any] = json.loads((demo[0] / "samples.json").read_text())["sets"]["heldout"][0]
+    for part in ("prompt", "before", "after", "reference"):
+        assert first[part] in page

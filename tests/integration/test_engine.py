@@ -1,0 +1,106 @@
+"""The real vLLM engine: log-probabilities, versions, weights. One probe measures, each test judges one figure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `engine_probe.py` measured on a small random model with a tied head."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w2"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0").save_pretrained(folder)
+    command = [sys.executable, str(Path(__file__).with_name("engine_probe.py")), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_engine_and_learner_agree_at_equal_version(found: dict[str, Any]) -> None:
+    print(f"|behaviour - policy| mean {found['mismatch_mean']:.2e}, largest {found['mismatch_max']:.2e}")
+    assert 0 < found["mismatch_mean"] <= 1e-5
+    assert found["mismatch_max"] <= 1e-3
+
+
+def test_logprobs_are_those_of_the_truncated_distribution(found: dict[str, Any]) -> None:
+    assert found["truncated_max"] <= 1e-4
+    assert found["truncated_against_full_max"] > 0.01, "top-k and top-p were not at work, the test shows nothing"
+
+
+def test_completions_end_by_an_end_token_or_by_length(found: dict[str, Any]) -> None:
+    assert found["finish_reasons"] == ["length", "stop"]
+
+
+def test_a_seed_repeats_its_tokens_bit_for_bit_whatever_runs_beside_it(found: dict[str, Any]) -> None:
+    assert found["seed_repeats"]
+
+
+def test_different_seeds_give_different_samples(found: dict[str, Any]) -> None:
+    assert found["distinct_of_32"] == 32
+
+
+def test_per_request_seeds_survive_more_prompt_tokens_than_one_step_takes(found: dict[str, Any]) -> None:
+    assert found["long_prompts_done"] == found["long_prompts"]
+
+
+def test_one_flipped_bit_is_refused_and_the_old_weights_go_on_serving(found: dict[str, Any]) -> None:
+    assert "arrived damaged" in found["damaged_refused"]
+    assert found["damaged_version"] == 0
+    assert found["damaged_still_serves"]
+    assert found["staged_files_left"] == []
+
+
+def test_a_load_between_two_steps_leaves_running_requests_alive_and_labels_every_token(found: dict[str, Any]) -> None:
+    assert [0, 1] in found["in_flight_spans"], "no request ran across the load, the test shows nothing"
+    assert found["in_flight_max"] <= 1e-3
+    assert found["in_flight_version"] == 1
+
+
+def test_keys_and_values_of_old_weights_are_not_used_after_a_load(found: dict[str, Any]) -> None:
+    assert found["prefix_cleared"] <= 1e-3
+    assert found["prefix_kept"] > 0.1, "without clearing nothing went wrong, the test shows nothing"
+
+
+def test_the_canary_sees_a_tied_head_that_stayed_behind(found: dict[str, Any]) -> None:
+    from cluster.weights import WeightsConfig
+
+    _, stop = WeightsConfig().canary_limits("float32")
+    assert found["stale_head_gap"] > 10 * stop
+
+
+def test_a_plain_load_of_weights_fails_on_packed_layers(found: dict[str, Any]) -> None:
+    assert found["naive_load_error"]
+
+
+def test_a_step_in_the_middle_of_an_update_kills_the_engine_hence_the_pause(found: dict[str, Any]) -> None:
+    assert found["unpaused_update_kills"]

@@ -1,0 +1,37 @@
+"""Small run files for the tests of the runtime: the least that a run needs, with sections replaced."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from cluster.config import RunConfig
+
+LEAST: dict[str, Any] = {
+    "run": {"steps": 3, "prompts_per_step": 2},
+    "policy": {"model": "models/policy"},
+    "reference": {"model": "models/reference"},
+    "prompts": {"files": ["prompts.jsonl"]},
+}
+
+
+def tree(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The least run file as a tree, with these values added to its sections."""
+    content = copy.deepcopy(LEAST)
+    for section, values in sections.items():
+        content.setdefault(section, {}).update(values)
+    return content
+
+
+def config(**sections: dict[str, Any]) -> RunConfig:
+    """The same as a checked config."""
+    return RunConfig.model_validate(tree(**sections))
+
+
+def write(path: Path, **sections: dict[str, Any]) -> Path:
+    """The same as a file."""
+    path.write_text(tomli_w.dumps(tree(**sections)), encoding="utf-8")
+    return path

@@ -1,0 +1,329 @@
+"""Run files: every bad input gives one clear ConfigError, and what is resolved loads again as the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from align.algorithms import BUNDLES, AlgorithmConfig
+from cluster.config import RunConfig, load_config
+from cluster.faults import ConfigError
+from cluster.folder import resolved
+from cluster.rollout import engine_settings
+from tests.run_files import config, write
+
+RUN_FILES = sorted((Path(__file__).parent.parent / "deploy" / "runs").glob("*.toml"))
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """The message of the ConfigError that a run file gives."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.advice
+    return caught.value.message
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    return write(tmp_path / "run.toml")
+
+
+# --- good ones ---------------------------------------------------------------------------------------------------
+
+
+def test_the_least_run_file_gets_the_defaults(run_file: Path) -> None:
+    cfg = load_config(run_file)
+    assert (cfg.run.steps, cfg.run.group_size, cfg.run.max_staleness) == (3, 1, 0)
+    assert cfg == config()
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
+def test_a_run_file_that_we_ship_loads_and_its_resolved_form_is_the_same_run(path: Path, tmp_path: Path) -> None:
+    cfg = load_config(path)
+    again = tmp_path / "resolved.toml"
+    again.write_text(tomli_w.dumps(resolved(cfg)), encoding="utf-8")
+    assert load_config(again) == cfg
+
+
+def test_there_are_run_files_to_ship() -> None:
+    assert "demo.toml" in [path.name for path in RUN_FILES]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optimizer": {"max_grad_norm": math.inf, "betas": [0.5, 0.9]}},
+        {"evaluation": {"heldout": {"files": ["a.jsonl", "b.parquet"]}, "judge": "grammatical"}},
+        {"weights": {"canary_warn": 0.25, "canary_stop": 1e-9}, "wandb": {"entity": "team", "tags": ["a", "b"]}},
+        {"run": {"dir": "runs/ä b", "max_staleness": 3}, "prompts": {"template": 'a "quoted" {x}\n\ttext \\ 我'}},
+        {"rollout": {"num_gpus": 2}, "learner": {"num_gpus": 1}, "scorer": {"num_gpus": 0.25}},
+        {"run": {"group_size": 4}, "algorithm": {"name": "dapo", "clip_high": 0.3, "reward_range": [-1.0, 1.0]}},
+        {"algorithm": {"name": "reinforce++", "dual_clip": 3.0}},
+    ],
+)
+def test_every_kind_of_value_survives_the_resolved_form(sections: dict[str, Any], tmp_path: Path) -> None:
+    cfg = config(**sections)
+    path = tmp_path / "resolved.toml"
+    path.write_text(tomli_w.dumps(resolved(cfg)), encoding="utf-8")
+    assert load_config(path) == cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("run.steps=10", lambda cfg: cfg.run.steps, 10),
+        ("optimizer.lr=5e-4", lambda cfg: cfg.optimizer.lr, 5e-4),
+        ("run.name=bare-word", lambda cfg: cfg.run.name, "bare-word"),
+        ('run.name="quoted"', lambda cfg: cfg.run.name, "quoted"),
+        ("run.dir=/tmp/a=b", lambda cfg: cfg.run.dir, Path("/tmp/a=b")),
+        ("algorithm.whiten=true", lambda cfg: cfg.algorithm.whiten, True),
+        ('wandb.tags=["a", "b"]', lambda cfg: cfg.wandb.tags, ("a", "b")),
+        ('evaluation.heldout.files=["h.jsonl"]', lambda cfg: cfg.evaluation.heldout.files, (Path("h.jsonl"),)),
+        ('evaluation.heldout={files = ["h.jsonl"]}', lambda cfg: cfg.evaluation.heldout.files, (Path("h.jsonl"),)),
+    ],
+)
+def test_an_override_replaces_a_value(override: str, read: Any, value: Any, run_file: Path) -> None:
+    assert read(load_config(run_file, [override])) == value
+
+
+@pytest.mark.parametrize("name", ["grpo", "cispo"])
+def test_the_resolved_config_shows_the_parts_of_the_bundle(name: str) -> None:
+    shown = resolved(config(run={"group_size": 4}, algorithm={"name": name}))["algorithm"]
+    assert set(shown) == set(AlgorithmConfig.model_fields) - {"reward_range", "max_advantage", "dual_clip"}  # not set
+    assert {key: shown[key] for key in BUNDLES[name]} == dict(BUNDLES[name])
+
+
+def test_the_last_override_of_a_key_counts(run_file: Path) -> None:
+    assert load_config(run_file, ["run.steps=5", "run.steps=6"]).run.steps == 6
+
+
+def test_a_config_cannot_be_changed() -> None:
+    cfg = config(evaluation={"heldout": {"files": ["h.jsonl"]}})
+    sections = [cfg, *(value for _, value in cfg if isinstance(value, BaseModel)), cfg.evaluation.heldout]
+    assert len(sections) == len(RunConfig.model_fields) + 2
+    for section in sections:
+        name = next(iter(type(section).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, getattr(section, name))
+
+
+# --- files that cannot be read ------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.toml") == f"run file {tmp_path / 'none.toml'} does not exist"
+
+
+def test_a_directory_is_not_a_run_file(tmp_path: Path) -> None:
+    assert "Is a directory" in refused(tmp_path)
+
+
+def test_a_path_through_a_file_is_not_a_run_file(run_file: Path) -> None:
+    assert "Not a directory" in refused(run_file / "inner.toml")
+
+
+@pytest.mark.parametrize("text", ["[run]\nsteps = \n", "[run]\nsteps = 1\n[run]\n", 'name = "a\n'])
+def test_malformed_toml_names_the_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text(text)
+    message = refused(path)
+    assert message.startswith(f"run file {path} is not valid TOML")
+    assert "at line" in message
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.toml"
+    path.write_bytes('[run]\nname = "ü"\n'.encode("latin-1"))
+    assert "utf-8" in refused(path)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.step=10", "unknown key 'run.step'; did you mean 'steps'?"),
+        ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("zzz.x=1", "unknown key 'zzz'; there are: run, policy, reference, prompts"),
+        ("run.zzz=1", "unknown key 'run.zzz'; there are: name, dir, seed"),
+        (
+            'evaluation.heldout={files = ["h.jsonl"], colum = "x"}',
+            "unknown key 'evaluation.heldout.colum'; did you mean 'column'?",
+        ),
+        ('prompts.colunm="x"', "unknown key 'prompts.colunm'; did you mean 'column'?"),
+        ("wandb.api_key=secret", "unknown key 'wandb.api_key'"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(override: str, expected: str, run_file: Path) -> None:
+    assert expected in refused(run_file, override)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nsteps = 1\n[policy]\nmodel = "m"\n[prompts]\nfiles = ["p.jsonl"]\n')
+    message = refused(path)
+    assert "'run.prompts_per_step' is missing" in message
+    assert "'reference' is missing" in message
+
+
+def test_an_empty_file_names_every_section_that_is_required(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("")
+    message = refused(path)
+    assert all(f"'{section}' is missing" in message for section in ("run", "policy", "reference", "prompts"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.steps=0", "run.steps: Input should be greater than or equal to 1, got 0"),
+        ("run.steps=many", "run.steps: Input should be a valid integer"),
+        ("run.steps=1.5", "run.steps: "),
+        ("run.seed=-1", "run.seed: Input should be greater than or equal to 0, got -1"),
+        ("run.seed=2147483648", "run.seed: Input should be less than 2147483648, got 2147483648"),
+        ("run.name=a/b", "run.name: "),
+        ("run.max_staleness=-1", "run.max_staleness: "),
+        ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0"),
+        ("optimizer.lr=nan", "optimizer.lr: "),
+        ("optimizer.betas=[1.5, 0.9]", "optimizer.betas.0: Input should be less than 1, got 1.5"),
+        ("sampling.temperature=0", "sampling.temperature: "),
+        ("algorithm.baseline=median", "algorithm.baseline: Input should be 'none', 'batch_mean'"),
+        ("algorithm.name=ppo", "algorithm.name: Input should be 'reinforce'"),
+        ('algorithm.name=["grpo"]', "algorithm.name: Input should be 'reinforce'"),
+        ("algorithm.clip_low=2", "algorithm.clip_low: Input should be less than or equal to 1, got 2"),
+        ("rollout.dtype=float16", "rollout.dtype: "),
+        ("prompts.files=[]", "prompts.files: "),
+        ("weights.canary_stop=0", "weights.canary_stop: "),
+        ("run=5", "run: "),
+    ],
+)
+def test_a_value_out_of_range_names_the_key_what_was_expected_and_what_came(
+    override: str, expected: str, run_file: Path
+) -> None:
+    message = refused(run_file, override)
+    assert expected in message
+    assert "got " in message
+
+
+@pytest.mark.parametrize("override", ["run.steps", "=5", " =5", "", "--run.steps 5"])
+def test_an_override_of_another_form_is_refused(override: str, run_file: Path) -> None:
+    assert "is not of the form section.key=value" in refused(run_file, override)
+
+
+def test_an_override_below_a_value_is_refused(run_file: Path) -> None:
+    assert "'steps' is a value, not a section" in refused(run_file, "run.steps.x=1")
+
+
+# --- what does not fit together -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sampling.top_p=0.9"], "sampling.top_p and top_k must be 1 and 0"),
+        (["sampling.top_k=50"], "sampling.top_p and top_k must be 1 and 0"),
+        (["run.max_staleness=1", "algorithm.importance=none"], "'none' needs run.max_staleness = 0"),
+        (["algorithm.baseline=group_mean"], "'group_mean' needs run.group_size of at least 2"),
+        (["algorithm.name=grpo"], "'group_outcome_mean' needs run.group_size of at least 2"),
+        (["algorithm.name=rloo"], "'leave_one_out' needs run.group_size of at least 2"),
+        (
+            ["algorithm.name=dr_grpo", "run.group_size=2"],
+            "algorithm: aggregation = 'constant_length' needs loss_length",
+        ),
+        (["algorithm.surrogate=gspo"], "algorithm: surrogate = 'gspo' has the ratio pi/mu in it: importance must be"),
+        (["sampling.max_tokens=512"], "sampling.max_tokens (512) leaves no room for a prompt"),
+        (["run.group_size=257"], "run.group_size (257) is above rollout.max_num_seqs (256)"),
+        (["evaluation.judge=polite"], "evaluation.judge is 'polite'; there are: grammatical"),
+        (["weights.transport=nccl"], "weights.transport = 'nccl' needs GPUs"),
+        (["weights.transport=nccl", "rollout.num_gpus=1"], "weights.transport = 'nccl' needs GPUs"),
+        (["weights.transport=ipc", "learner.num_gpus=1"], "weights.transport = 'ipc' needs GPUs"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(overrides: list[str], expected: str, run_file: Path) -> None:
+    assert expected in refused(run_file, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["run.max_staleness=1", "algorithm.importance=truncated"],
+        ["algorithm.baseline=group_mean", "run.group_size=2"],
+        ["algorithm.name=rloo", "run.group_size=2", "run.max_staleness=1"],
+        ["algorithm.name=dr_grpo", "run.group_size=2", "algorithm.loss_length=512", "run.max_staleness=1"],
+        ["sampling.max_tokens=511"],
+        ["run.seed=2147483647"],
+        ["run.group_size=256"],
+        ["evaluation.judge=grammatical"],
+        ["weights.transport=nccl", "rollout.num_gpus=1", "learner.num_gpus=1"],
+    ],
+)
+def test_the_nearest_values_that_fit_together_are_accepted(overrides: list[str], run_file: Path) -> None:
+    load_config(run_file, overrides)
+
+
+def test_all_contradictions_are_told_at_once(run_file: Path) -> None:
+    message = refused(run_file, "sampling.top_p=0.9", "algorithm.baseline=group_mean")
+    assert "top_p" in message
+    assert "group_mean" in message
+
+
+# --- derived values and the schema --------------------------------------------------------------------------------
+
+
+def test_weights_travel_by_nccl_only_where_both_sides_have_gpus() -> None:
+    assert config().transport == "object_store"
+    assert config(rollout={"num_gpus": 1}).transport == "object_store"
+    assert config(rollout={"num_gpus": 1}, learner={"num_gpus": 1}).transport == "nccl"
+    on_one_gpu = config(rollout={"num_gpus": 1}, learner={"num_gpus": 1}, weights={"transport": "ipc"})
+    assert on_one_gpu.transport == "ipc"
+
+
+def test_all_roles_compute_in_the_type_of_the_engine() -> None:
+    for dtype in ("float32", "bfloat16"):
+        cfg = config(rollout={"dtype": dtype})
+        assert (cfg.engine_dtype, cfg.learner_dtype, cfg.scorer_dtype) == (dtype,) * 3
+    assert config(rollout={"num_gpus": 1}).engine_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [({}, 256 << 20), ({"num_gpus": 1}, None), ({"kv_cache_bytes": 1 << 30, "num_gpus": 1}, 1 << 30)],
+)
+def test_an_engine_on_a_gpu_sizes_its_own_cache_unless_told(rollout: dict[str, int], expected: int | None) -> None:
+    settings = engine_settings(Path("m"), config(rollout=rollout).rollout, "bfloat16", 0, "object_store")
+    assert settings["kv_cache_bytes"] == expected
+
+
+def test_every_field_of_every_section_is_described() -> None:
+    schema = RunConfig.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    sections = schema["$defs"]
+    assert len(sections) >= len(RunConfig.model_fields) - 1  # policy and reference share one
+    undescribed = [
+        f"{section}.{name}"
+        for section, content in sections.items()
+        for name, field in content["properties"].items()
+        if len(field.get("description", "")) < 5
+    ]
+    assert undescribed == []
+
+
+def test_the_schema_is_json() -> None:
+    json.dumps(RunConfig.model_json_schema(), allow_nan=False)
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
+def test_the_schema_accepts_what_we_ship_and_refuses_an_unknown_key(path: Path) -> None:
+    content = json.loads(json.dumps(resolved(load_config(path))))
+    jsonschema.validate(content, RunConfig.model_json_schema())
+    content["run"]["step"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="step"):
+        jsonschema.validate(content, RunConfig.model_json_schema())

@@ -1,0 +1,191 @@
+"""The resource arithmetic, where Ray is started, and what actors are made with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import placement
+from cluster.config import RunConfig
+from cluster.faults import ResourceError
+from cluster.placement import Demand, check_memory, cluster_address, max_groups_per_actor, num_local_cpus, ray_session
+from tests.run_files import config
+
+
+@pytest.mark.parametrize(
+    ("sections", "num_cpus", "num_gpus"),
+    [
+        ({}, 2, 0),
+        ({"rollout": {"num_actors": 3}, "scorer": {"num_actors": 2}}, 4, 0),
+        ({"rollout": {"num_actors": 2, "num_gpus": 4}, "learner": {"num_gpus": 1}}, 3, 9),
+        ({"rollout": {"num_gpus": 1}, "learner": {"num_gpus": 1}, "scorer": {"num_gpus": 0.5, "num_actors": 2}}, 2, 3),
+        ({"rollout": {"num_cpus": 0.5, "num_actors": 4}, "scorer": {"num_cpus": 1}, "learner": {"num_cpus": 2}}, 5, 0),
+    ],
+)
+def test_a_run_asks_for_the_sum_over_its_roles(sections: dict[str, Any], num_cpus: float, num_gpus: float) -> None:
+    demand = Demand.of(config(**sections))
+    assert (demand.num_cpus, demand.num_gpus) == (num_cpus, num_gpus)
+
+
+def test_learner_and_engine_that_share_a_gpu_fit_one_gpu_with_a_scorer() -> None:
+    shared = {"weights": {"transport": "ipc"}, "learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}}
+    demand = Demand.of(config(**shared, scorer={"num_gpus": 0.5}))
+    assert 0.5 < demand.num_gpus <= 1
+
+
+def test_the_demand_of_a_run_of_one_actor_fits_two_cores() -> None:
+    Demand.of(config()).check(num_cpus=2, num_gpus=0, where="this machine")
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [((3, 8), "the run needs 4 CPUs, this machine has 3"), ((4, 7), "the run needs 8 GPUs, this machine has 7")],
+)
+def test_what_can_never_fit_is_refused_with_what_is_missing(there: tuple[int, int], missing: str) -> None:
+    demand = Demand(num_cpus=4, num_gpus=8)
+    demand.check(4, 8, "this machine")
+    with pytest.raises(ResourceError, match=missing) as caught:
+        demand.check(*there, "this machine")
+    assert caught.value.exit_code == 3
+    assert "lower rollout.num_actors" in caught.value.advice
+
+
+@pytest.mark.parametrize(
+    ("prompts_per_step", "max_staleness", "num_actors", "expected"),
+    [(64, 0, 1, 64), (64, 1, 1, 128), (64, 3, 4, 64), (10, 0, 3, 4), (2, 0, 8, 1)],
+)
+def test_actors_share_all_slots(prompts_per_step: int, max_staleness: int, num_actors: int, expected: int) -> None:
+    run = {"prompts_per_step": prompts_per_step, "max_staleness": max_staleness}
+    groups = max_groups_per_actor(config(run=run, rollout={"num_actors": num_actors}))
+    assert groups == expected
+    slots = (max_staleness + 1) * prompts_per_step
+    assert slots <= groups * num_actors < slots + num_actors, "all slots can be used, and none by one actor alone"
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+GIB = 1 << 30
+MEMORY = [
+    ({}, 4 + 1 + 1),  # weights, gradients and two moments; the engine's weights; the reference
+    ({"rollout": {"num_actors": 3, "kv_cache_bytes": 2 * GIB}}, 4 + 3 * (1 + 2) + 1),
+    ({"scorer": {"num_actors": 2}}, 4 + 1 + 2),
+    ({"learner": {"num_gpus": 1}}, 1 + 1),
+    ({"rollout": {"num_gpus": 1, "kv_cache_bytes": 2 * GIB}}, 4 + 1),
+    ({"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}, "scorer": {"num_gpus": 1}}, 0),
+]
+
+
+@pytest.mark.parametrize(("sections", "num_models"), MEMORY)
+def test_what_lies_in_host_memory_is_counted_in_models(sections: dict[str, Any], num_models: int) -> None:
+    cfg = config(**sections)
+    check_memory(cfg, weights_bytes=GIB, memory_bytes=num_models * GIB)
+    if num_models:
+        with pytest.raises(
+            ResourceError, match=rf"needs at least {num_models}\.0 GiB of memory, this machine has"
+        ) as caught:
+            check_memory(cfg, weights_bytes=GIB, memory_bytes=num_models * GIB - 1)
+        assert caught.value.exit_code == 3
+        assert "take a smaller model" in caught.value.advice
+
+
+# --- Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, None), ("", None), ("local", None), ("auto", "auto"), ("10.0.0.7:6379", "10.0.0.7:6379")],
+)
+def test_a_cluster_is_joined_only_where_ray_address_names_one(
+    value: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", value)
+    assert cluster_address() == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("10.0.0.7:6379", "could not join the cluster at 10.0.0.7:6379: "), ("", "could not start Ray on this machine: ")],
+)
+def test_a_ray_that_cannot_be_reached_or_started_is_one_named_error(
+    address: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*arguments: Any, **settings: Any) -> None:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(placement.ray, "init", init)
+    with pytest.raises(ResourceError, match=expected + "nobody answers"), ray_session(config(), weights_bytes=1):
+        pytest.fail("there is no session")
+
+
+def test_only_the_cpus_that_this_process_may_use_are_counted() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert num_local_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert num_local_cpus() == len(allowed)
+
+
+# --- what actors are made with --------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeActorClass:
+    """In place of `ray.remote(kind)`: making an actor gives its kind, options and arguments."""
+
+    kind: type
+    given: dict[str, Any] | None = None
+
+    def options(self, **given: Any) -> FakeActorClass:
+        return FakeActorClass(self.kind, given)
+
+    def remote(self, *arguments: Any, **settings: Any) -> tuple[type, dict[str, Any], tuple[Any, ...]]:
+        return self.kind, self.given or {}, arguments
+
+
+@pytest.fixture
+def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig, int], tuple[dict[str, Any], dict[str, Any]]]:
+    """Options and engine settings of the rollout actor of a rank."""
+    monkeypatch.setattr(placement.ray, "remote", FakeActorClass)
+
+    def make(cfg: RunConfig, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        kind, options, (own_rank, settings, sampling) = placement._create_rollout(cfg, rank)
+        assert (kind, own_rank, sampling) == (placement.RolloutActor, rank, cfg.sampling)
+        return options, settings
+
+    return make
+
+
+def test_an_engine_starts_from_the_initial_policy_whatever_the_run_stands_at(make_engine: Any, tmp_path: Path) -> None:
+    """A replacement, or a resumed run, gets published weights before it serves; a checkpoint may be gone by then."""
+    cfg = config(policy={"model": tmp_path / "policy"}, run={"dir": tmp_path / "run"})
+    _, settings = make_engine(cfg, 0)
+    assert settings["model"] == tmp_path / "policy"
+
+
+def test_a_learner_starts_from_the_checkpoint(make_engine: Any, tmp_path: Path) -> None:
+    cfg = config(policy={"model": tmp_path / "policy"})
+    _, _, (model, *_) = placement._create_learner(cfg, tmp_path, tmp_path / "step_00002" / "policy")
+    assert model == tmp_path / "step_00002" / "policy"
+
+
+def test_every_engine_has_a_seed_of_its_own(make_engine: Any) -> None:
+    """Engines of one seed would sample the same."""
+    seeds = [make_engine(config(run={"seed": 40}, rollout={"num_actors": 3}), rank)[1]["seed"] for rank in range(3)]
+    assert seeds == [40, 41, 42]
+
+
+def test_an_actor_takes_the_groups_of_training_and_of_an_evaluation_and_a_load_at_once(make_engine: Any) -> None:
+    cfg = config(run={"prompts_per_step": 600, "max_staleness": 1})
+    options, _ = make_engine(cfg, 0)
+    assert options["max_concurrency"] > 2 * max_groups_per_actor(cfg) == 2 * 1200
