@@ -60,7 +60,9 @@ class FakeEngine:
             if arguments:
                 self.told[method] = arguments[0]
             if method == self.fails_in:
-                raise ConnectionError("actor died")
+                from ray.exceptions import ActorDiedError
+
+                raise ActorDiedError()
             if method == self.hangs_in:
                 time.sleep(1.0)
             if method == "update_weights" and self.waits_for is not None:
