@@ -11,11 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align import losses
@@ -23,26 +21,8 @@ from align.algorithms import AlgorithmConfig
 from align.batching import Batch, micro_batches
 from align.metrics import Metric
 from align.objective import Objective, mean, off_policy_metrics
+from align.optimizer import Optimizer, OptimizerConfig
 from align.policy import Policy
-
-DecayRate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerConfig(BaseModel):
-    """Adam, its schedule and the gradient clip."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lr: float = Field(1e-5, gt=0, allow_inf_nan=False, description="Peak learning rate of Adam.")
-    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.95), description="Adam's decay rates, each in [0, 1).")
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit; inf for none.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="After warm-up, towards min_lr_ratio."
-    )
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step over the peak.")
 
 
 class LearnerConfig(BaseModel):
@@ -76,17 +56,6 @@ class UpdateStats:
     skipped: bool
 
 
-def lr_factor(step: int, num_steps: int, cfg: OptimizerConfig) -> float:
-    """Learning rate of step 1..num_steps over the peak: linear warm-up, then constant, linear or cosine decay."""
-    if step <= cfg.warmup_steps:
-        return step / (cfg.warmup_steps + 1)
-    if cfg.schedule == "constant":
-        return 1.0
-    progress = (step - cfg.warmup_steps - 1) / max(num_steps - cfg.warmup_steps - 1, 1)
-    left = 1.0 - min(progress, 1.0) if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
-
-
 class Learner:
     """Holds the policy and Adam; `update` applies one step.
 
@@ -110,21 +79,12 @@ class Learner:
     ) -> None:
         self.policy = policy
         self.objective = Objective(algorithm)
-        self.optimizer_config = optimizer
+        self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg
-        self.num_steps = num_steps
         self.temperature = temperature
         self.version = 0
         self.skipped_in_a_row = 0
         self.skipped_updates = 0
-        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.adam = torch.optim.AdamW(
-            self.parameters,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
 
     def update(self, batch: Batch) -> UpdateStats:
         """One policy-gradient step; afterwards `version` is one higher.
@@ -142,7 +102,7 @@ class Learner:
         advantages, metrics = self.objective.advantages(batch)
         batch, mask_metrics = self.objective.with_loss(batch)
         metrics += [*mask_metrics, *self._accumulate(batch, advantages)]
-        grad_norm = self._clip()
+        grad_norm = self.optimizer.clip()
         finite = math.isfinite(grad_norm) and all(math.isfinite(m.value) for m in metrics if m.name == "optimizer/loss")
         lr = self._step(finite)
         elapsed = time.perf_counter() - started
@@ -157,7 +117,7 @@ class Learner:
 
     def _accumulate(self, batch: Batch, advantages: Tensor) -> Iterator[Metric]:
         """Forward and backward over the micro-batches; gradients add up under the global denominator."""
-        self.adam.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         weights = self.objective.weights(batch)
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
         for rows in micro_batches(batch.lengths.tolist(), self.cfg.max_tokens_per_micro_batch):
@@ -201,35 +161,25 @@ class Learner:
             yield Metric("mismatch/abs_mean", float(mismatch.mean()), int(own.sum()))
             yield Metric("mismatch/abs_max", float(mismatch.max()))
 
-    def _clip(self) -> float:
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.optimizer_config.max_grad_norm))
-
     def _step(self, finite: bool) -> float:
         """Apply Adam if the gradient is finite; either way the version counts one update."""
-        lr = self.optimizer_config.lr * lr_factor(self.version + 1, self.num_steps, self.optimizer_config)
+        step = self.version + 1
         if finite:
-            for group in self.adam.param_groups:
-                group["lr"] = lr
-            self.adam.step()
+            self.optimizer.step(step)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_updates += not finite
         self.version += 1
-        self.adam.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.skipped_in_a_row >= self.cfg.max_skipped_updates:
             raise NonFiniteUpdates(
                 f"{self.skipped_in_a_row} updates in a row were not finite (limit learner.max_skipped_updates); "
                 "lower optimizer.lr, or look at the rewards of the last steps"
             )
-        return lr
+        return self.optimizer.lr(step)
 
     def save_optimizer(self, path: Path) -> None:
-        """Write Adam's moments and step counts by parameter name, and the skipped updates, as safetensors."""
-        tensors = {"skipped": torch.tensor([self.skipped_updates, self.skipped_in_a_row])} | {
-            f"{key}.{name}": value
-            for name, parameter in self._named_parameters()
-            for key, value in self.adam.state[parameter].items()
-        }
-        save_file(tensors, path)
+        """Write the optimizer's state and the skipped updates."""
+        self.optimizer.save(path, torch.tensor([self.skipped_updates, self.skipped_in_a_row]))
 
     def load_optimizer(self, path: Path, version: int) -> None:
         """Take up what `save_optimizer` wrote, at policy version `version`.
@@ -237,17 +187,5 @@ class Learner:
         Raises:
             ValueError: If the file holds state of a parameter that the policy does not train.
         """
-        tensors = load_file(path)
-        self.skipped_updates, self.skipped_in_a_row = tensors.pop("skipped").tolist()
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        known = {f"{key}.{name}" for name, _ in self._named_parameters() for key in keys}
-        if foreign := sorted(set(tensors) - known):
-            raise ValueError(f"{path} holds state of {foreign[0]}, which this policy does not train; restore its own")
-        for name, parameter in self._named_parameters():
-            state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
-            if state:
-                self.adam.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+        self.skipped_updates, self.skipped_in_a_row = self.optimizer.load(path).tolist()
         self.version = version
-
-    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad)

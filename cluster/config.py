@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from align.algorithms import GROUP_BASELINES, AlgorithmConfig
 from align.judges import JUDGES
-from align.learner import LearnerConfig, OptimizerConfig
+from align.learner import LearnerConfig
+from align.optimizer import OptimizerConfig
 from align.prompts import PromptConfig
 from align.rewards.reference import ReferenceRewardConfig
 from cluster.faults import ConfigError

@@ -12,9 +12,10 @@ import torch
 from align.algorithms import AlgorithmConfig
 from align.batching import collate
 from align.judges import JUDGES
-from align.learner import Learner, LearnerConfig, NonFiniteUpdates, OptimizerConfig
+from align.learner import Learner, LearnerConfig, NonFiniteUpdates
 from align.losses import exact_kl
 from align.metrics import Metric
+from align.optimizer import OptimizerConfig
 from align.policy import Policy
 from align.types import FloatArray, Group, ScoredGroup, TokenRewards
 from cluster import transcripts

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,43 +101,53 @@ def ray_session(cfg: RunConfig, weights_bytes: int) -> Iterator[str]:
         ResourceError: If the run can never fit.
     """
     try:
-        context = _join(cfg, address) if (address := cluster_address()) else _start(weights_bytes)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        if isinstance(error, ResourceError):
-            raise
-        where = f"join the cluster at {address}" if address else "start Ray on this machine"
-        raise ResourceError(
-            f"could not {where}: {error}", "check RAY_ADDRESS and the cluster's token, or try again"
-        ) from None
-    try:
+        with _interrupts_held():
+            context = _join(cfg, address) if (address := cluster_address()) else _start(weights_bytes)
         yield str(context.address_info.get("session_dir", ""))
     finally:
-        ray.shutdown()
+        with _interrupts_held():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold a Ctrl-C until the block is over: Ray that is interrupted while it starts or ends crashes the process later."""
+    caught: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if caught:
+            raise KeyboardInterrupt
 
 
 def _join(cfg: RunConfig, address: str) -> Any:
-    context = ray.init(address, namespace="align", logging_level="ERROR", log_to_driver=False)
+    context = _init(f"join the cluster at {address}", address=address)
     resources = ray.cluster_resources()
-    try:
-        Demand.of(cfg).check(resources.get("CPU", 0), resources.get("GPU", 0), f"the cluster at {address}")
-    except ResourceError:
-        ray.shutdown()
-        raise
+    Demand.of(cfg).check(resources.get("CPU", 0), resources.get("GPU", 0), f"the cluster at {address}")
     return context
 
 
 def _start(weights_bytes: int) -> Any:
-    return ray.init(
-        "local",
+    return _init(
+        "start Ray on this machine",
+        address="local",
         num_cpus=num_local_cpus(),
         num_gpus=_local_gpus(),
         include_dashboard=False,
-        namespace="align",
-        logging_level="ERROR",
-        log_to_driver=False,
         object_store_memory=(256 << 20) + 4 * weights_bytes,
         _node_ip_address="127.0.0.1",
     )
+
+
+def _init(what: str, **options: Any) -> Any:
+    try:
+        return ray.init(namespace="align", logging_level="ERROR", log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ResourceError(
+            f"could not {what}: {error}", "check RAY_ADDRESS and the cluster's token, or try again"
+        ) from None
 
 
 def check_machine(cfg: RunConfig, weights_bytes: int) -> None:

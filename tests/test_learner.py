@@ -19,10 +19,9 @@ from align.learner import (
     Learner,
     LearnerConfig,
     NonFiniteUpdates,
-    OptimizerConfig,
     UpdateStats,
-    lr_factor,
 )
+from align.optimizer import OptimizerConfig, lr_factor
 from align.policy import Policy
 from tests.conftest import VOCAB_SIZE
 from tests.tabular import TabularLM
@@ -67,7 +66,7 @@ def update(learner: Learner, batch: Batch) -> tuple[Gradients, UpdateStats]:
     def record(*_: object) -> None:
         gradients.update({n: p.grad.clone() for n, p in learner.policy.model.named_parameters() if p.grad is not None})
 
-    hook = learner.adam.register_step_pre_hook(record)
+    hook = learner.optimizer.adam.register_step_pre_hook(record)
     stats = learner.update(batch)
     hook.remove()
     return gradients, stats
@@ -79,7 +78,7 @@ def weights(learner: Learner) -> Gradients:
 
 def adam_state(learner: Learner) -> dict[str, Tensor]:
     named = learner.policy.model.named_parameters()
-    return {f"{n}.{k}": v.clone() for n, p in named for k, v in learner.adam.state.get(p, {}).items()}
+    return {f"{n}.{k}": v.clone() for n, p in named for k, v in learner.optimizer.adam.state.get(p, {}).items()}
 
 
 def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -279,7 +278,7 @@ def test_every_update_counts_one_version_and_no_gradient_is_left_behind(policy: 
     for version in (1, 2, 3):
         update(learner, ragged_batch())
         assert learner.version == version
-        assert all(p.grad is None for p in learner.parameters)
+        assert all(p.grad is None for p in learner.optimizer.parameters)
 
 
 def test_frozen_parameters_stay_as_they_are(policy: Policy) -> None:

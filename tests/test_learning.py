@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.learner import AlgorithmConfig, LearnerConfig, OptimizerConfig
+from align.algorithms import AlgorithmConfig
+from align.learner import LearnerConfig
+from align.optimizer import OptimizerConfig
 from cluster.faults import TrainingDiverged
 from cluster.learning import LearnerActor
 

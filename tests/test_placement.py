@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,3 +192,22 @@ def test_an_actor_takes_the_groups_of_training_and_of_an_evaluation_and_a_load_a
     cfg = config(run={"prompts_per_step": 600, "max_staleness": 1})
     options, _ = make_engine(cfg, 0)
     assert options["max_concurrency"] > 2 * max_groups_per_actor(cfg) == 2 * 1200
+
+
+def test_ctrl_c_while_ray_starts_takes_effect_once_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def init(**_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)  # the signal's handler has run by now
+        done.append("started")
+        return SimpleNamespace(address_info={})
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(placement.ray, "init", init)
+    monkeypatch.setattr(placement.ray, "shutdown", lambda: done.append("ended"))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), ray_session(config(), weights_bytes=0):
+        done.append("used")
+    assert done == ["started", "ended"]
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -18,7 +18,8 @@ from torch import Tensor
 from align import corrections, losses, returns, surrogates
 from align.algorithms import AlgorithmConfig
 from align.batching import Batch, collate
-from align.learner import Learner, LearnerConfig, OptimizerConfig
+from align.learner import Learner, LearnerConfig
+from align.optimizer import OptimizerConfig
 from align.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig, token_reward
 from align.types import ScoredGroup
@@ -284,7 +285,7 @@ def learner_gradient(policy: Policy, batch: Batch, aggregation: str, max_tokens:
         num_steps=1,
     )
     seen: list[Tensor] = []
-    learner.adam.register_step_pre_hook(lambda *_: seen.append(policy.model.table.grad.clone()))
+    learner.optimizer.adam.register_step_pre_hook(lambda *_: seen.append(policy.model.table.grad.clone()))
     learner.update(batch)
     (gradient,) = seen
     return gradient
