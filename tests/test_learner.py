@@ -164,9 +164,9 @@ def test_extra_columns_of_padding_change_nothing_at_all(new_policy: PolicyFactor
     wide = dataclasses.replace(
         batch,
         **{
-            field.name: torch.nn.functional.pad(value, (0, 7), value=3 if field.name == "token_ids" else 0)
-            for field in dataclasses.fields(batch)
-            if (value := getattr(batch, field.name)).dim() == 2
+            name: torch.nn.functional.pad(value, (0, 7), value=3 if name == "token_ids" else 0)
+            for name, value in batch.tensors()
+            if value.dim() == 2
         },
     )
     gradients, stats = update(new_learner(new_policy()), batch)
