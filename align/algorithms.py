@@ -133,10 +133,10 @@ class AlgorithmConfig(BaseModel):
         le=1,
         description="critic: GAE's lambda; 1 is the whole return less the value, 0 the one-step error.",
     )
-    value_clip: float = Field(
-        math.inf,
+    value_clip: float | None = Field(
+        None,
         gt=0,
-        description="critic: a batch pays for moving a value by this much and no more; inf for no limit.",
+        description="critic: a batch pays for moving a value by this much and no more; left out, or inf, for no limit.",
     )
     group_std: bool = Field(
         False, description="Divide advantages by the group's standard deviation of outcomes (GRPO)."
@@ -246,7 +246,7 @@ class AlgorithmConfig(BaseModel):
             "baseline = 'critic' needs gae_lambda, e.g. 0.95, or 1 for the whole return": critic
             and self.gae_lambda is None,
             "gae_lambda is read by baseline = 'critic' alone": self.gae_lambda is not None and not critic,
-            "value_clip is read by baseline = 'critic' alone": math.isfinite(self.value_clip) and not critic,
+            "value_clip is read by baseline = 'critic' alone": self.value_clip is not None and not critic,
             f"proximal = {self.proximal!r} is where a ratio starts, and surrogate = 'reinforce' has none": (
                 decoupled and self.surrogate == "reinforce"
             ),

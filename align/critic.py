@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Critic:
         model: The value model; its parameters are the master weights.
         cfg: Its optimizer and warm-up.
         num_steps: Length of the run, for the schedule.
-        value_clip: See `losses.value_loss`.
+        value_clip: See `losses.value_loss`; None for no limit.
         max_tokens: Padded tokens per forward pass.
         compute_dtype: "float32", or "bfloat16" for the trunk's matrix products (autocast).
     """
@@ -76,14 +77,14 @@ class Critic:
         cfg: CriticConfig,
         num_steps: int,
         *,
-        value_clip: float,
+        value_clip: float | None,
         max_tokens: int,
         compute_dtype: str = "float32",
     ) -> None:
         self.model = model
         self.cfg = cfg
         self.optimizer = Optimizer(model, cfg.optimizer, num_steps)
-        self.value_clip = value_clip
+        self.value_clip = math.inf if value_clip is None else value_clip
         self.max_tokens = max_tokens
         self.compute_dtype = compute_dtype
 
