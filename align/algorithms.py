@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+KL_HORIZON = 10_000  # of Ziegler et al. (2019), in the code that they published
 GROUP_BASELINES = ("group_mean", "group_outcome_mean", "leave_one_out")
 OUTCOME_BASELINES = ("group_outcome_mean", "leave_one_out")
 
@@ -80,6 +81,23 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "clip_high": 4.0,
             "aggregation": "token_mean",
         },
+        # Schulman et al. (2017), PPO, as Ziegler et al. (2019) apply it to language models: clips of 0.2 for ratio and value,
+        # lambda 0.95, no discount, 4 passes over the batch (read in the code that they published); KL per token in the reward
+        # with 0.02 (Ouyang et al. 2022, InstructGPT, appendix C). Departs: the critic is a model of its own with its own Adam,
+        # so there is no coefficient of the value loss (0.1 there); rewards are not whitened, advantages are.
+        "ppo": {
+            "baseline": "critic",
+            "gae_lambda": 0.95,
+            "value_clip": 0.2,
+            "whiten": True,
+            "surrogate": "ppo_clip",
+            "importance": "none",
+            "num_epochs": 4,
+            "aggregation": "token_mean",
+            "kl": "reward",
+            "kl_estimator": "k1",
+            "kl_coefficient": 0.02,
+        },
     }
 )
 
@@ -89,7 +107,7 @@ class AlgorithmConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["reinforce", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"] = Field(
+    name: Literal["reinforce", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "ppo"] = Field(
         "reinforce", description="The bundle that the other fields start from."
     )
     rewards: Literal["token", "outcome"] = Field(
@@ -101,12 +119,24 @@ class AlgorithmConfig(BaseModel):
     discount: float = Field(
         1.0, ge=0, le=1, description="Discount of the return, per sampled token; 0 = immediate reward."
     )
-    baseline: Literal["none", "batch_mean", "position_mean", "group_mean", "group_outcome_mean", "leave_one_out"] = (
-        Field(
-            "none",
-            description="What is subtracted from the return: nothing; a mean over all tokens of the batch, of the position or of "
-            "the group; the mean outcome of the group's trajectories, or of its other trajectories (RLOO).",
-        )
+    baseline: Literal[
+        "none", "batch_mean", "position_mean", "group_mean", "group_outcome_mean", "leave_one_out", "critic"
+    ] = Field(
+        "none",
+        description="What is subtracted from the return: nothing; a mean over all tokens of the batch, of the position or of "
+        "the group; the mean outcome of the group's trajectories, or of its other trajectories (RLOO); the value that a critic "
+        "learns (section [critic]).",
+    )
+    gae_lambda: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="critic: GAE's lambda; 1 is the whole return less the value, 0 the one-step error.",
+    )
+    value_clip: float | None = Field(
+        None,
+        gt=0,
+        description="critic: a batch pays for moving a value by this much and no more; left out, or inf, for no limit.",
     )
     group_std: bool = Field(
         False, description="Divide advantages by the group's standard deviation of outcomes (GRPO)."
@@ -121,6 +151,17 @@ class AlgorithmConfig(BaseModel):
     surrogate: Literal["reinforce", "importance_weighted", "ppo_clip", "gspo", "cispo"] = Field(
         "reinforce",
         description="What is differentiated. All but reinforce have the ratio pi/mu of policy and behaviour in them.",
+    )
+    proximal: Literal["behavior", "recomputed", "interpolated"] = Field(
+        "behavior",
+        description="Where the surrogate's ratio starts: the behaviour (PPO), or the policy at the start of the update "
+        "(decoupled PPO: importance then weights by proximal/mu), by a forward pass or guessed from each token's version.",
+    )
+    num_epochs: int = Field(1, ge=1, description="Passes over each batch.")
+    num_minibatches: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps of one pass; each has its share of the trajectories, drawn anew in every pass.",
     )
     clip_low: float = Field(0.2, ge=0, le=1, description="Ratios are clipped at 1 - this; 1 is no lower clip.")
     clip_high: float = Field(0.2, ge=0, description="Ratios are clipped at 1 + this.")
@@ -157,7 +198,15 @@ class AlgorithmConfig(BaseModel):
     kl_estimator: Literal["k1", "k2", "k3", "k3_grad_k2"] = Field(
         "k3", description="d; d^2/2; exp(-d) - 1 + d; the last with the gradient of the second. d = log pi - log P_ref."
     )
-    kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL term.")
+    kl_coefficient: float = Field(
+        0.0, ge=0, description="Weight of the KL term; the first one where kl_target adapts it."
+    )
+    kl_target: float | None = Field(
+        None, gt=0, description="Adapt kl_coefficient until a trajectory's KL is this, in nats; leave out to keep it."
+    )
+    kl_horizon: int = Field(
+        KL_HORIZON, ge=1, description="kl_target: trajectories in which the coefficient changes by at most 20%."
+    )
     entropy_coefficient: float = Field(0.0, ge=0, description="Weight of the entropy bonus in the loss, per token.")
     mask_overlong: bool = Field(
         False, description="Trajectories cut off by length carry no loss; they still count in baselines."
@@ -178,7 +227,8 @@ class AlgorithmConfig(BaseModel):
 
     def _contradictions(self) -> dict[str, bool]:
         """What is wrong, and whether it is so."""
-        outcome_baseline = self.baseline in OUTCOME_BASELINES
+        outcome_baseline, critic = self.baseline in OUTCOME_BASELINES, self.baseline == "critic"
+        decoupled, several_steps = self.proximal != "behavior", self.num_epochs * self.num_minibatches > 1
         low, high = self.reward_range or (-math.inf, math.inf)
         return {
             f"baseline = {self.baseline!r} compares whole trajectories: it needs rewards = 'outcome' and discount = 1": (
@@ -191,8 +241,25 @@ class AlgorithmConfig(BaseModel):
             and not self.group_std,
             f"reward_range = [{low}, {high}] is empty": not low < high,
             f"surrogate = {self.surrogate!r} has the ratio pi/mu in it: importance must be 'none', or it would count twice": (
-                self.surrogate != "reinforce" and self.importance != "none"
+                self.surrogate != "reinforce" and not decoupled and self.importance != "none"
             ),
+            "baseline = 'critic' needs gae_lambda, e.g. 0.95, or 1 for the whole return": critic
+            and self.gae_lambda is None,
+            "gae_lambda is read by baseline = 'critic' alone": self.gae_lambda is not None and not critic,
+            "value_clip is read by baseline = 'critic' alone": self.value_clip is not None and not critic,
+            f"proximal = {self.proximal!r} is where a ratio starts, and surrogate = 'reinforce' has none": (
+                decoupled and self.surrogate == "reinforce"
+            ),
+            "surrogate = 'gspo' has one ratio per sequence: importance_level must be sequence_mean or sequence_sum": (
+                self.surrogate == "gspo" and self.importance != "none" and self.importance_level == "token"
+            ),
+            "num_epochs or num_minibatches above 1 leaves the sampler's policy behind after the first optimizer step: "
+            "surrogate = 'reinforce' needs importance = 'truncated' or 'masked' then": (
+                several_steps and self.surrogate == "reinforce" and self.importance == "none"
+            ),
+            "kl_target is read by nothing: kl is 'none'": self.kl == "none" and self.kl_target is not None,
+            "kl_horizon is read by nothing: there is no kl_target": self.kl_target is None
+            and self.kl_horizon != KL_HORIZON,
             "dual_clip is read by surrogate = 'ppo_clip' alone": (
                 self.dual_clip is not None and self.surrogate != "ppo_clip"
             ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,6 +28,9 @@ class Batch:
         versions: [B, T] int64 policy version that sampled the token; -1 outside `loss_mask`.
         group_index: [B] int64.
         overlong: [B] bool, true where the completion was cut off by length.
+        old_logprobs: [B, T] of the policy at the start of the update; the learner puts them there where something reads them.
+        old_values: [B, T] the critic's at the start of the update; so too.
+        value_targets: [B, T] what the critic learns; so too.
     """
 
     token_ids: Tensor
@@ -39,6 +42,9 @@ class Batch:
     versions: Tensor
     group_index: Tensor
     overlong: Tensor
+    old_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    value_targets: Tensor | None = None
 
     @property
     def num_trajectories(self) -> int:
@@ -54,12 +60,17 @@ class Batch:
         """The given trajectories, cut to the longest of them."""
         rows = torch.as_tensor(index, dtype=torch.long)
         longest = int(self.lengths[rows].max())
-        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        picked = {name: tensor[rows] for name, tensor in self.tensors()}
         return Batch(**{k: v[:, :longest] if v.dim() == 2 else v for k, v in picked.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return Batch(**{name: tensor.to(device) for name, tensor in self.tensors()})
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is there, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return ((name, tensor) for name, tensor in named if tensor is not None)
 
 
 def collate(groups: Sequence[ScoredGroup]) -> Batch:

@@ -64,6 +64,26 @@ def importance_weights(
     return weights.masked_fill(~mask, 1.0), outside
 
 
+def interpolated_logprobs(policy_logprobs: Tensor, behavior_logprobs: Tensor, staleness: Tensor) -> Tensor:
+    """Log-probabilities of the policy at the start of the update, guessed from those of behaviour and policy. No gradient.
+
+    `log prox = log mu + (d - 1) / d * (log pi - log mu)`, where the policy that is being made is d = staleness + 1 versions
+    younger than the one that sampled the token: on the straight line in log space, one version before its end. A token that the
+    policy of the batch's start sampled (staleness 0) gets `log mu` itself, which is exact. It saves a forward pass.
+
+    Args:
+        policy_logprobs: [B, T].
+        behavior_logprobs: [B, T].
+        staleness: [B, T] integer, learner's version minus the token's; what is negative counts as 0.
+
+    Source: AReaL's documentation of the proximal log-probability approximation ("loglinear"), of Li et al. (2025), A-3PO. Their
+    current version is the one that the update makes, hence the 1.
+    """
+    policy, behavior = policy_logprobs.detach(), behavior_logprobs.detach()
+    share = staleness.clamp(min=0) / (staleness.clamp(min=0) + 1)
+    return behavior + share.to(policy.dtype) * (policy - behavior)
+
+
 def _ratio_of(level: str, log_ratio: Tensor, mask: Tensor) -> Tensor:
     """The log-ratio of each token's level, at every token. Rounding must not push a ratio of 1 over a bound of 1."""
     match level:

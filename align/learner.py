@@ -1,4 +1,4 @@
-"""The learner: one batch in, one Adam step on the policy, statistics out.
+"""The learner: one batch in, one Adam step on the policy (or several, with inner epochs), statistics out.
 
 The gradient is that of the mission: `sum_t grad log pi(a_t | s_t) * A_t`, added up over all samples, divided by a global
 denominator (1 for the plain sum), with the advantage `A_t = G_t - baseline`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from align import losses
 from align.algorithms import AlgorithmConfig
 from align.batching import Batch, micro_batches
+from align.critic import Critic, critic_metrics
+from align.epochs import minibatches, old_logprobs
 from align.metrics import Metric
 from align.objective import Objective, mean, off_policy_metrics
 from align.optimizer import Optimizer, OptimizerConfig
@@ -48,7 +50,7 @@ class UpdateStats:
     Attributes:
         metrics: Parts of metrics, to be reduced.
         num_loss_tokens: Tokens that carried loss.
-        skipped: True if loss or gradient was not finite and the weights were left as they were.
+        skipped: True if loss or gradient of an optimizer step was not finite, and it left everything as it was.
     """
 
     metrics: list[Metric]
@@ -57,7 +59,7 @@ class UpdateStats:
 
 
 class Learner:
-    """Holds the policy and Adam; `update` applies one step.
+    """Holds the policy and Adam; `update` learns from one batch.
 
     Args:
         policy: The network being trained.
@@ -66,6 +68,10 @@ class Learner:
         cfg: Memory and speed.
         num_steps: Length of the run, for the schedule.
         temperature: The sampler's temperature; log-probabilities are taken at it.
+        critic: What `baseline = "critic"` asks for, and nothing else.
+
+    Raises:
+        ValueError: If the algorithm needs a critic and there is none, or the other way round.
     """
 
     def __init__(
@@ -76,44 +82,89 @@ class Learner:
         cfg: LearnerConfig,
         num_steps: int,
         temperature: float = 1.0,
+        critic: Critic | None = None,
     ) -> None:
+        if (algorithm.baseline == "critic") != (critic is not None):
+            raise ValueError(f"baseline = {algorithm.baseline!r} {'needs a' if critic is None else 'reads no'} critic")
         self.policy = policy
+        self.critic = critic
         self.objective = Objective(algorithm)
         self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg
         self.temperature = temperature
         self.version = 0
+        self.policy_is_version = True  # false between the first optimizer step of a batch and the last
         self.skipped_in_a_row = 0
         self.skipped_updates = 0
 
     def update(self, batch: Batch) -> UpdateStats:
-        """One policy-gradient step; afterwards `version` is one higher.
+        """Learn from one batch; afterwards `version` is one higher, however many optimizer steps that took.
 
-        If loss or gradient is not finite the weights and the optimizer stay bitwise unchanged, and the step is counted.
-
-        Ratios of policy and behaviour are taken before the step, so they are 1 on-policy: a batch has one step.
+        A batch has `num_epochs * num_minibatches` optimizer steps, each with the denominators of its own trajectories. Where
+        loss or gradient of one (of the policy's or the critic's) is not finite, weights, both optimizers and the KL coefficient
+        stay bitwise as they were, and it is counted.
 
         Raises:
-            NonFiniteUpdates: After `max_skipped_updates` such steps in a row.
-            ValueError: If KL is asked for and the batch has no reference log-probabilities.
+            NonFiniteUpdates: After `max_skipped_updates` batches in a row with such a step.
+            ValueError: If KL is asked for and the batch has no reference log-probabilities, or for too many minibatches.
         """
         started = time.perf_counter()
         batch = batch.to(self.policy.device)
+        if self.critic is not None:
+            batch = replace(batch, old_values=self.critic.values(batch))
         advantages, metrics = self.objective.advantages(batch)
-        batch, mask_metrics = self.objective.with_loss(batch)
-        metrics += [*mask_metrics, *self._accumulate(batch, advantages)]
-        grad_norm = self.optimizer.clip()
-        finite = math.isfinite(grad_norm) and all(math.isfinite(m.value) for m in metrics if m.name == "optimizer/loss")
-        lr = self._step(finite)
-        elapsed = time.perf_counter() - started
+        whole = batch
+        batch, mask_metrics = self._with_old(batch)
+        metrics += mask_metrics
+        cfg, finite, trained = self.objective.cfg, [], torch.zeros_like(batch.overlong)
+        for rows in minibatches(batch.num_trajectories, cfg.num_epochs, cfg.num_minibatches, self.version):
+            part = batch.rows(rows)
+            step_metrics, is_finite = self._inner_step(part, advantages[rows, : part.token_ids.shape[1]])
+            metrics += step_metrics
+            finite.append(is_finite)
+            trained[rows] |= is_finite
+        if len(finite) > 1:
+            metrics.append(Metric("optimizer/inner_steps", sum(finite)))
+        if all(finite):
+            metrics += self.objective.adapt_kl(whole)
+        lr = self._finish(all(finite))
         metrics += [
-            Metric("optimizer/grad_norm", grad_norm),
             Metric("optimizer/lr", lr),
-            Metric("tokens/trained", batch.num_loss_tokens if finite else 0),
+            Metric("tokens/trained", int(batch.loss_mask[trained].sum())),
             Metric("optimizer/skipped_updates", self.skipped_updates),
-            Metric("throughput/trained_tokens_per_s", int(batch.lengths.sum()) / elapsed),
+            Metric("throughput/trained_tokens_per_s", int(batch.lengths.sum()) / (time.perf_counter() - started)),
         ]
-        return UpdateStats([m for m in metrics if math.isfinite(m.value)], batch.num_loss_tokens, not finite)
+        return UpdateStats([m for m in metrics if math.isfinite(m.value)], batch.num_loss_tokens, not all(finite))
+
+    def _with_old(self, batch: Batch) -> tuple[Batch, list[Metric]]:
+        """The batch as the optimizer steps see it: its loss mask, and what critic and policy say before the first of them."""
+        cfg, metrics = self.objective.cfg, []
+        if self.critic is not None:
+            batch = replace(batch, value_targets=self.objective.value_targets(batch))
+            metrics = critic_metrics(batch)
+        batch, mask_metrics = self.objective.with_loss(batch)
+        if cfg.proximal == "recomputed" and cfg.num_epochs * cfg.num_minibatches > 1:
+            old = old_logprobs(self.policy, batch, self.cfg.max_tokens_per_micro_batch, self.temperature)
+            batch = replace(batch, old_logprobs=old)
+        return batch, [*metrics, *mask_metrics]
+
+    def _inner_step(self, part: Batch, advantages: Tensor) -> tuple[list[Metric], bool]:
+        """One optimizer step of the policy, and of the critic; neither is applied unless both gradients are finite."""
+        metrics = list(self._accumulate(part, advantages))
+        grad_norm = self.optimizer.clip()
+        metrics.append(Metric("optimizer/grad_norm", grad_norm))
+        if self.critic is not None:
+            of_critic, critic_norm = self.critic.accumulate(part)
+            metrics += of_critic
+            grad_norm += critic_norm
+        losses_finite = all(math.isfinite(m.value) for m in metrics if m.name in ("optimizer/loss", "critic/loss"))
+        finite = math.isfinite(grad_norm) and losses_finite
+        if finite:
+            self._step()
+        self.optimizer.zero_grad()
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad()
+        return metrics, finite
 
     def _accumulate(self, batch: Batch, advantages: Tensor) -> Iterator[Metric]:
         """Forward and backward over the micro-batches; gradients add up under the global denominator."""
@@ -139,7 +190,7 @@ class Learner:
             with_entropy=True,
             entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
         )
-        token_losses, metrics = self.objective.token_losses(part, output, advantages)
+        token_losses, metrics = self.objective.token_losses(part, output, advantages, self.version)
         losses.aggregate(token_losses, mask, weights).backward()  # type: ignore[no-untyped-call]
         metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), tokens))
         logprobs = output.logprobs.detach()
@@ -155,37 +206,54 @@ class Learner:
         if referenced.any():
             kl = losses.kl_estimate(behavior, part.ref_logprobs, "k1")
             yield Metric("kl/behavior_reference", float(kl[referenced].mean()), int(referenced.sum()))
-        own = mask & (part.versions == self.version)
+        own = mask & (part.versions == self.version) & self.policy_is_version
         if own.any():
             mismatch = (behavior - logprobs)[own].abs()
             yield Metric("mismatch/abs_mean", float(mismatch.mean()), int(own.sum()))
             yield Metric("mismatch/abs_max", float(mismatch.max()))
 
-    def _step(self, finite: bool) -> float:
-        """Apply Adam if the gradient is finite; either way the version counts one update."""
-        step = self.version + 1
-        if finite:
-            self.optimizer.step(step)
+    def _step(self) -> None:
+        """Apply Adam to the policy, unless only the critic is to learn yet, and to the critic."""
+        if not self._critic_only:
+            self.optimizer.step(self.version + 1)
+            self.policy_is_version = False
+        if self.critic is not None:
+            self.critic.optimizer.step(self.version + 1)
+
+    @property
+    def _critic_only(self) -> bool:
+        return self.critic is not None and self.version < self.critic.cfg.warmup_steps
+
+    def _finish(self, finite: bool) -> float:
+        """Count the batch as a version, whether or not all of its steps were finite; returns the learning rate it had."""
+        lr = 0.0 if self._critic_only else self.optimizer.lr(self.version + 1)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_updates += not finite
         self.version += 1
-        self.optimizer.zero_grad()
+        self.policy_is_version = True
         if self.skipped_in_a_row >= self.cfg.max_skipped_updates:
             raise NonFiniteUpdates(
                 f"{self.skipped_in_a_row} updates in a row were not finite (limit learner.max_skipped_updates); "
                 "lower optimizer.lr, or look at the rewards of the last steps"
             )
-        return self.optimizer.lr(step)
+        return lr
 
     def save_optimizer(self, path: Path) -> None:
-        """Write the optimizer's state and the skipped updates."""
-        self.optimizer.save(path, torch.tensor([self.skipped_updates, self.skipped_in_a_row]))
+        """Write the optimizer's state with the skipped updates and the KL coefficient, and the critic beside it."""
+        state = (self.skipped_updates, self.skipped_in_a_row, self.objective.kl_coefficient)
+        self.optimizer.save(path, torch.tensor(state, dtype=torch.float64))
+        if self.critic is not None:
+            self.critic.save(path.parent)
 
     def load_optimizer(self, path: Path, version: int) -> None:
         """Take up what `save_optimizer` wrote, at policy version `version`.
 
         Raises:
-            ValueError: If the file holds state of a parameter that the policy does not train.
+            ValueError: If the file holds state of a parameter that the policy does not train, or there is no critic where one
+                is needed.
         """
-        self.skipped_updates, self.skipped_in_a_row = self.optimizer.load(path).tolist()
+        skipped_updates, skipped_in_a_row, self.objective.kl_coefficient = self.optimizer.load(path).tolist()
+        self.skipped_updates, self.skipped_in_a_row = int(skipped_updates), int(skipped_in_a_row)
+        if self.critic is not None:
+            self.critic.load(path.parent)
         self.version = version

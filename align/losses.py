@@ -1,10 +1,12 @@
-"""KL estimators and the aggregation of token losses: pure functions of tensors.
+"""KL estimators, the value loss and the aggregation of token losses: pure functions of tensors.
 
 Tensors are `[B, T]`, padded, with a boolean `mask` [B, T] of the tokens that carry loss. Surrogates are in `surrogates.py`,
 importance weights in `corrections.py`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -59,6 +61,61 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     log_pi = torch.log_softmax(logits.float(), dim=-1)
     log_ref = torch.log_softmax(ref_logits.float(), dim=-1)
     return (log_pi.exp() * (log_pi - log_ref)).sum(dim=-1)
+
+
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float, num_trajectories: int, horizon: int) -> float:
+    """The KL coefficient of the next batch: `coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * num_trajectories / horizon)`.
+
+    Args:
+        coefficient: Of this batch, above 0.
+        kl: Measured on this batch, in nats per trajectory.
+        target: Above 0, in nats per trajectory.
+        num_trajectories: Of this batch.
+        horizon: Trajectories over which a coefficient that is far off grows or shrinks by 20 percent; at least that of a batch.
+
+    Raises:
+        ValueError: If a number is out of range: the coefficient could change its sign.
+
+    Source: Ziegler et al. (2019), Fine-tuning language models from human preferences, section 2.2. Their gain is 0.1 per step;
+    a gain of batch over horizon is that of their published code.
+    """
+    if not (coefficient > 0 and target > 0 and 0 < num_trajectories <= horizon):
+        raise ValueError(
+            f"coefficient {coefficient} and target {target} must be above 0, and the horizon of {horizon} trajectories at "
+            f"least that of a batch ({num_trajectories})"
+        )
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * num_trajectories / horizon)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, targets: Tensor, mask: Tensor, clip: float = math.inf
+) -> tuple[Tensor, Tensor]:
+    """`0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)`: no reward for moving a value by more than the clip.
+
+    Args:
+        values: [B, T] with gradient.
+        old_values: [B, T] at the start of the update.
+        targets: [B, T] `R`, constants.
+        mask: [B, T] bool.
+        clip: Above 0, in units of the value; inf is `0.5 * (V - R)^2`.
+
+    Returns:
+        Losses [B, T], not yet masked or aggregated, and a bool [B, T] of the tokens that the clip left without gradient.
+
+    Raises:
+        ValueError: If the clip is not above 0.
+
+    Source: Schulman et al. (2017), equation 9 (the squared error); the clip is not in the paper but in its authors' code
+    (the larger of the two errors), as Ziegler et al. (2019) publish it for language models.
+    """
+    if not clip > 0:
+        raise ValueError(f"clip is {clip}; it must be above 0, or no value could change")
+    plain = (values - targets).square()
+    if math.isinf(clip):
+        return 0.5 * plain, torch.zeros_like(mask)
+    clipped = (values.clamp(old_values - clip, old_values + clip) - targets).square()
+    return 0.5 * torch.maximum(plain, clipped), (clipped > plain) & mask
 
 
 def aggregate(losses: Tensor, mask: Tensor, weights: Tensor) -> Tensor:

@@ -35,6 +35,10 @@ GLOSSARY: dict[str, Definition] = {
     "kl/behavior_reference": _d("Mean of log mu - log P_ref over sampled tokens: the k1 estimate per token.", "nats"),
     "kl/policy_reference": _d("Mean of the KL estimate to the reference that the loss charges, per token.", "nats"),
     "kl/policy_behavior": _d("k3 estimate of KL(mu || pi) before the update; about 0 when on-policy.", "nats"),
+    "kl/trajectory_behavior_reference": _d(
+        "Mean of log mu - log P_ref summed over a trajectory; kl_target aims at it.", "nats"
+    ),
+    "kl/coefficient": _d("The KL coefficient that the update charged, where kl_target adapts it.", "", "last"),
     "policy/entropy": _d("Mean entropy of the policy where tokens were sampled; a fall to 0 is collapse.", "nats"),
     "return/mean": _d("Mean return (reward-to-go) of a sampled token.", "nats"),
     "advantage/std": _d("Standard deviation of the advantages that multiply the gradient.", "nats"),
@@ -42,7 +46,9 @@ GLOSSARY: dict[str, Definition] = {
     "surrogate/clipped_fraction": _d(
         "Share of tokens whose ratio hit a clip or bound; all but cispo give them no gradient."
     ),
-    "importance/weight_mean": _d("Mean importance weight pi/mu; near 1 when on-policy or mildly stale."),
+    "importance/weight_mean": _d(
+        "Mean importance weight pi/mu (decoupled: proximal/mu); near 1 when on-policy or mildly stale."
+    ),
     "importance/truncated_fraction": _d("Share of tokens whose importance weight hit a bound."),
     "importance/chi_square": _d(
         "Mean of (pi/mu)^2 - 1 over tokens, unbounded by weights; 0 on-policy, large is noise."
@@ -57,7 +63,21 @@ GLOSSARY: dict[str, Definition] = {
     "optimizer/loss": _d("The surrogate loss. Its value means little (on-policy with a baseline it is near 0)."),
     "optimizer/grad_norm": _d("Norm of the gradient before clipping."),
     "optimizer/lr": _d("Learning rate of the step.", "", "last"),
-    "optimizer/skipped_updates": _d("Updates skipped so far because loss or gradient was not finite.", "count", "last"),
+    "optimizer/skipped_updates": _d(
+        "Updates so far with an optimizer step left out because loss or gradient was not finite.", "count", "last"
+    ),
+    "optimizer/inner_steps": _d(
+        "Optimizer steps that the batch was good for; fewer than num_epochs * num_minibatches if some were skipped.",
+        "count",
+        "sum",
+    ),
+    "critic/loss": _d("Mean of half the squared error of the critic, clipped, per token."),
+    "critic/clipped_fraction": _d("Share of tokens that algorithm.value_clip left without gradient."),
+    "critic/explained_variance": _d(
+        "Share of the targets' variance that the critic foresaw before it learned from them; 1 is perfect, 0 or less useless."
+    ),
+    "critic/value_mean": _d("Mean value of the states that tokens were sampled in.", "nats"),
+    "critic/grad_norm": _d("Norm of the critic's gradient before clipping."),
     "trajectory/completion_tokens_mean": _d("Mean length of a completion.", "tokens"),
     "trajectory/stopped_fraction": _d("Share of completions that ended by themselves, not by length."),
     "trajectory/overlong_masked_fraction": _d(

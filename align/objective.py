@@ -24,6 +24,7 @@ class Objective:
 
     def __init__(self, cfg: AlgorithmConfig) -> None:
         self.cfg = cfg
+        self.kl_coefficient = cfg.kl_coefficient
 
     def advantages(self, batch: Batch) -> tuple[Tensor, list[Metric]]:
         """`A = G - baseline`, scaled and cut as configured. [B, T], 0 outside the loss mask.
@@ -33,8 +34,11 @@ class Objective:
         """
         mask = batch.loss_mask
         paid, metrics = self._paid_rewards(batch)
-        togo = returns.reward_to_go(paid, mask, self.cfg.discount)
-        advantages = togo - self._baseline(togo, paid, batch)
+        if self.cfg.baseline == "critic":
+            advantages, togo = self._gae(paid, batch)
+        else:
+            togo = returns.reward_to_go(paid, mask, self.cfg.discount)
+            advantages = togo - self._baseline(togo, paid, batch)
         if self.cfg.group_std:
             outcome = returns.outcomes(paid, mask)
             advantages = returns.divide_by_group_std(
@@ -69,10 +73,21 @@ class Objective:
         if cfg.rewards == "outcome":
             paid = returns.on_last_action(paid, mask)
         if cfg.kl == "reward":
-            paid = paid - cfg.kl_coefficient * self._kl(batch.behavior_logprobs, batch)
+            paid = paid - self.kl_coefficient * self._kl(batch.behavior_logprobs, batch)
             if cfg.rewards == "outcome":
                 paid = returns.on_last_action(returns.outcomes(paid, mask), mask)
         return paid, metrics
+
+    def value_targets(self, batch: Batch) -> Tensor:
+        """What the critic learns: GAE's advantage, neither whitened nor cut, plus the old value. [B, T]."""
+        return self._gae(self._paid_rewards(batch)[0], batch)[1]
+
+    def _gae(self, paid: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.old_values is None or self.cfg.gae_lambda is None:
+            raise ValueError(
+                "baseline = 'critic' needs the critic's values of the batch; a learner with a critic has them"
+            )
+        return returns.gae(paid, batch.old_values, batch.loss_mask, self.cfg.discount, self.cfg.gae_lambda)
 
     def _baseline(self, togo: Tensor, paid: Tensor, batch: Batch) -> Tensor | float:
         mask, groups = batch.loss_mask, batch.group_index
@@ -89,6 +104,7 @@ class Objective:
                 return returns.group_outcome_mean(returns.outcomes(paid, mask), mask, groups)
             case "leave_one_out":
                 return returns.leave_one_out(returns.outcomes(paid, mask), mask, groups)
+        raise ValueError(f"baseline {self.cfg.baseline!r} is no function of the returns")
 
     def with_loss(self, batch: Batch) -> tuple[Batch, list[Metric]]:
         """The batch with its loss mask cut to the trajectories that carry loss."""
@@ -101,14 +117,27 @@ class Objective:
         """What each trajectory's token losses are multiplied by, from the whole batch. [B]."""
         return losses.trajectory_weights(self.cfg.aggregation, batch.loss_mask, batch.group_index, self.cfg.loss_length)
 
-    def token_losses(self, part: Batch, output: TokenLogprobs, advantages: Tensor) -> tuple[Tensor, list[Metric]]:
-        """Surrogate, KL and entropy of the trajectories of a micro-batch. [B, T], not yet masked or aggregated."""
+    def token_losses(
+        self, part: Batch, output: TokenLogprobs, advantages: Tensor, version: int = 0
+    ) -> tuple[Tensor, list[Metric]]:
+        """Surrogate, KL and entropy of the trajectories of a micro-batch. [B, T], not yet masked or aggregated.
+
+        With a proximal policy of its own the loss is `w * surrogate(pi / prox)`, with `w` the bounded `prox / mu` if `importance`
+        asks for it: decoupled PPO of Hilton et al. (2021), Batch size-invariance for policy optimization, section 3.
+
+        Args:
+            part: The micro-batch.
+            output: The policy's log-probabilities and entropies of it.
+            advantages: [B, T].
+            version: The learner's policy version; `proximal = "interpolated"` reads it.
+        """
         cfg, mask, tokens = self.cfg, part.loss_mask, part.num_loss_tokens
-        token_losses, clipped = self._surrogate(part, output.logprobs, advantages)
+        old = self._proximal(part, output.logprobs, version)
+        token_losses, clipped = self._surrogate(part, output.logprobs, advantages, old)
         metrics = [] if clipped is None else [Metric("surrogate/clipped_fraction", mean(clipped, mask), tokens)]
         if cfg.importance != "none":
             weights, outside = corrections.importance_weights(
-                output.logprobs,
+                output.logprobs if cfg.proximal == "behavior" else old,
                 part.behavior_logprobs,
                 mask,
                 level=cfg.importance_level,
@@ -121,14 +150,26 @@ class Objective:
             metrics.append(Metric("importance/truncated_fraction", mean(outside, mask), tokens))
         if cfg.kl == "loss":
             kl = self._kl(output.logprobs, part)
-            token_losses = token_losses + cfg.kl_coefficient * kl
+            token_losses = token_losses + self.kl_coefficient * kl
             metrics.append(Metric("kl/policy_reference", mean(kl.detach(), mask), tokens))
         if cfg.entropy_coefficient > 0:
             token_losses = token_losses - cfg.entropy_coefficient * output.entropy
         return token_losses, metrics
 
-    def _surrogate(self, part: Batch, logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor | None]:
-        cfg, old, mask = self.cfg, part.behavior_logprobs, part.loss_mask
+    def _proximal(self, part: Batch, logprobs: Tensor, version: int) -> Tensor:
+        """Log-probabilities that the surrogate's ratio starts from. [B, T]."""
+        match self.cfg.proximal:
+            case "behavior":
+                return part.behavior_logprobs
+            case "recomputed":  # with one optimizer step per batch, the policy still is the one of the start
+                return logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+            case "interpolated":
+                return corrections.interpolated_logprobs(logprobs, part.behavior_logprobs, version - part.versions)
+
+    def _surrogate(
+        self, part: Batch, logprobs: Tensor, advantages: Tensor, old: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        cfg, mask = self.cfg, part.loss_mask
         match cfg.surrogate:
             case "reinforce":
                 return surrogates.reinforce(logprobs, advantages), None
@@ -142,14 +183,33 @@ class Objective:
             case "cispo":
                 return surrogates.cispo(logprobs, old, advantages, mask, cfg.clip_low, cfg.clip_high)
 
+    def adapt_kl(self, batch: Batch) -> list[Metric]:
+        """Move the KL coefficient towards `kl_target` after a batch; returns what this batch was charged, and its KL.
+
+        The KL is that of whole trajectories under the behaviour, `mean_b sum_t (log mu - log P_ref)` (k1), as in Ziegler et al.
+        """
+        cfg, mask = self.cfg, batch.loss_mask
+        if cfg.kl_target is None or not mask.any():
+            return []
+        by_token = losses.kl_estimate(batch.behavior_logprobs, self._reference(batch.behavior_logprobs, batch), "k1")
+        outcome = returns.outcomes(by_token, mask)[mask.any(dim=1)]
+        kl, charged = float(outcome.mean()), self.kl_coefficient
+        self.kl_coefficient = losses.adapted_kl_coefficient(
+            charged, kl, cfg.kl_target, batch.num_trajectories, cfg.kl_horizon
+        )
+        return [Metric("kl/coefficient", charged), Metric("kl/trajectory_behavior_reference", kl, len(outcome))]
+
     def _kl(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        return losses.kl_estimate(logprobs, self._reference(logprobs, batch), self.cfg.kl_estimator)
+
+    def _reference(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        """The reference's log-probabilities, where there is loss. [B, T]."""
         if not batch.ref_logprobs[batch.loss_mask].isfinite().all():
             raise ValueError(
                 f"algorithm.kl = {self.cfg.kl!r} needs the reference's log-probabilities, which the reward did not give; "
                 "use a reward that asks the reference, or set algorithm.kl = 'none'"
             )
-        ref = batch.ref_logprobs.where(batch.loss_mask, logprobs.detach())
-        return losses.kl_estimate(logprobs, ref, self.cfg.kl_estimator)
+        return batch.ref_logprobs.where(batch.loss_mask, logprobs.detach())
 
 
 def off_policy_metrics(batch: Batch, policy_logprobs: Tensor) -> Iterator[Metric]:

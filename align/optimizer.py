@@ -79,9 +79,9 @@ class Optimizer:
         """Forget the gradient."""
         self.adam.zero_grad(set_to_none=True)
 
-    def save(self, path: Path, counts: Tensor) -> None:
-        """Write Adam's moments and step counts by parameter name, and the learner's counts, as safetensors."""
-        tensors = {"skipped": counts} | {
+    def save(self, path: Path, state: Tensor) -> None:
+        """Write Adam's moments and step counts by parameter name, and its owner's own state, as safetensors."""
+        tensors = {"owner": state} | {
             f"{key}.{name}": value
             for name, parameter in self._named_parameters()
             for key, value in self.adam.state[parameter].items()
@@ -89,13 +89,13 @@ class Optimizer:
         save_file(tensors, path)
 
     def load(self, path: Path) -> Tensor:
-        """Take up what `save` wrote; returns the learner's counts.
+        """Take up what `save` wrote; returns the owner's state.
 
         Raises:
             ValueError: If the file holds state of a parameter that the policy does not train.
         """
         tensors = load_file(path)
-        counts: Tensor = tensors.pop("skipped")
+        owned: Tensor = tensors.pop("owner")
         keys = ("step", "exp_avg", "exp_avg_sq")
         known = {f"{key}.{name}" for name, _ in self._named_parameters() for key in keys}
         if foreign := sorted(set(tensors) - known):
@@ -104,7 +104,7 @@ class Optimizer:
             state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
             if state:
                 self.adam.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
-        return counts
+        return owned
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

@@ -44,6 +44,62 @@ def reward_to_go(rewards: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor
     return returns.masked_fill(~mask, 0.0)
 
 
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, gae_lambda: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation: a mixture of k-step returns, each less the critic's value of where it starts.
+
+    `delta_t = R_t + discount * V_{t+1} - V_t` and `A_t = delta_t + discount * lambda * A_{t+1}`, with t+1 the next action of
+    the row. The episode ends with the last action, also where the completion was cut off by length: the value after it is 0.
+    With lambda = 1 and V = 0 this is `reward_to_go`, bit for bit; with lambda = 0 it is the one-step error `delta_t`.
+
+    Args:
+        rewards: [B, T].
+        values: [B, T] value of the state that each action was taken in; constants.
+        mask: [B, T] bool.
+        discount: In [0, 1].
+        gae_lambda: In [0, 1].
+
+    Returns:
+        Advantages [B, T] and the critic's targets `A + V` [B, T] (the lambda-return), both 0 outside the mask.
+
+    Raises:
+        ValueError: If the discount or lambda is outside [0, 1], or the shapes differ.
+
+    Source: Schulman et al. (2016), High-dimensional continuous control using generalized advantage estimation, equation 16; the
+    target as in Schulman et al. (2017). Tokens outside the mask take no time here, where some implementations decay over them.
+    """
+    for name, number in (("discount", discount), ("gae_lambda", gae_lambda)):
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{name} is {number}; it must be between 0 and 1")
+    if not rewards.shape == values.shape == mask.shape:
+        shapes = [tuple(t.shape) for t in (rewards, values, mask)]
+        raise ValueError(f"rewards, values and mask have shapes {shapes}; they must be equal")
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(running)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        running = torch.where(mask[:, t], delta + discount * gae_lambda * running, running)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = running
+    advantages = advantages.masked_fill(~mask, 0.0)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+def explained_variance(values: Tensor, targets: Tensor, mask: Tensor) -> float:
+    """`1 - Var(target - V) / Var(target)` over the mask: 1 for a perfect critic, 0 for a constant one, negative for a worse one.
+
+    0 where the targets do not vary, up to rounding, or the mask is empty: there is nothing to explain.
+
+    Source: the coefficient of determination without its bias term, as PPO implementations log it.
+    """
+    target, error = targets[mask].double(), (targets - values)[mask].double()
+    if target.numel() == 0 or float(target.std(correction=0)) <= 1e-6 * float(target.abs().max()):
+        return 0.0
+    return 1.0 - float(error.var(correction=0) / target.var(correction=0))
+
+
 def outcomes(rewards: Tensor, mask: Tensor) -> Tensor:
     """The outcome of every trajectory, `R_b = sum_t mask_bt * R_bt`. [B], 0 for a row without actions."""
     return rewards.masked_fill(~mask, 0.0).double().sum(dim=1).to(rewards.dtype)

@@ -33,7 +33,7 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint: `policy/` (a Hugging Face folder), `optimizer.safetensors`, `state.json`."""
+    """A complete checkpoint: `policy/` (a Hugging Face folder), `optimizer.safetensors`, a critic's files, `state.json`."""
 
     path: Path
     state: RunState

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from align.algorithms import GROUP_BASELINES, AlgorithmConfig
+from align.critic import CriticConfig
 from align.judges import JUDGES
 from align.learner import LearnerConfig
 from align.optimizer import OptimizerConfig
@@ -93,6 +94,7 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     scorer: ScorerConfig = ScorerConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -110,13 +112,29 @@ class RunConfig(Section):
 
     def _problems(self) -> list[str | None]:
         rollout, sampling, algorithm = self.rollout, self.sampling, self.algorithm
+        num_trajectories = self.run.prompts_per_step * self.run.group_size
+        weighted = algorithm.surrogate == "reinforce" or algorithm.proximal != "behavior"
         return [
             "sampling.top_p and top_k must be 1 and 0: the learner's log-probabilities cover all tokens, and a truncated "
             "sampler would not match them"
             if sampling.top_p != 1 or sampling.top_k != 0
             else None,
             "algorithm.importance = 'none' needs run.max_staleness = 0; with stale tokens use 'truncated'"
-            if self.run.max_staleness > 0 and algorithm.importance == "none" and algorithm.surrogate == "reinforce"
+            if self.run.max_staleness > 0 and algorithm.importance == "none" and weighted
+            else None,
+            "algorithm.baseline = 'critic' (bundle ppo has it) needs a section [critic], e.g. with critic.optimizer.lr = 1e-5"
+            if algorithm.baseline == "critic" and self.critic is None
+            else None,
+            "the section [critic] is read by algorithm.baseline = 'critic' alone"
+            if algorithm.baseline != "critic" and self.critic is not None
+            else None,
+            f"algorithm.num_minibatches ({algorithm.num_minibatches}) is above the {num_trajectories} trajectories of a step: "
+            "one would be empty"
+            if algorithm.num_minibatches > num_trajectories
+            else None,
+            f"algorithm.kl_horizon ({algorithm.kl_horizon}) is below the {num_trajectories} trajectories of a step: the "
+            "coefficient would jump"
+            if algorithm.kl_target is not None and algorithm.kl_horizon < num_trajectories
             else None,
             f"algorithm.baseline = {algorithm.baseline!r} needs run.group_size of at least 2"
             if algorithm.baseline in GROUP_BASELINES and self.run.group_size < 2

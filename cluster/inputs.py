@@ -32,9 +32,12 @@ def load_inputs(cfg: RunConfig) -> Inputs:
     try:
         folders = [checked_model_directory(section.model) for section in (cfg.policy, cfg.reference)]
         policy, reference = map(_load_tokenizer, folders)
-        check_vocabularies(policy, reference, *folders)
+        check_vocabularies(policy, reference, folders[0], folders[1])
         vocab_size = _num_logits(*folders)
-        _check_context(cfg.rollout.max_model_len, *folders)
+        critics = [checked_model_directory(cfg.critic.model)] if cfg.critic and cfg.critic.model else []
+        for folder in critics:
+            check_vocabularies(policy, _load_tokenizer(folder), folders[0], folder, "critic")
+        _check_context(cfg.rollout.max_model_len, *folders, *critics)
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)
         heldout = load_prompts(cfg.evaluation.heldout, policy, room) if cfg.evaluation.heldout else []
@@ -75,7 +78,9 @@ def _check_context(max_model_len: int, *folders: Path) -> None:
             )
 
 
-def check_vocabularies(policy: Any, reference: Any, policy_folder: Path, reference_folder: Path) -> None:
+def check_vocabularies(
+    policy: Any, reference: Any, policy_folder: Path, reference_folder: Path, role: str = "reference"
+) -> None:
     """Raise ValueError if a token id means something else to the two models."""
     own, other = policy.get_vocab(), reference.get_vocab()
     if own == other:
@@ -83,6 +88,6 @@ def check_vocabularies(policy: Any, reference: Any, policy_folder: Path, referen
     differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
     token = differing[0]
     raise ValueError(
-        f"the tokenizers of policy {policy_folder} and reference {reference_folder} differ in {len(differing)} tokens, e.g. "
-        f"{token!r} is {own.get(token)} and {other.get(token)}; the reference scores token ids, so both need one vocabulary"
+        f"the tokenizers of policy {policy_folder} and {role} {reference_folder} differ in {len(differing)} tokens, e.g. "
+        f"{token!r} is {own.get(token)} and {other.get(token)}; the {role} reads token ids, so both need one vocabulary"
     )

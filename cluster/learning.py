@@ -11,6 +11,7 @@ import torch
 
 from align.algorithms import AlgorithmConfig
 from align.batching import collate
+from align.critic import Critic, CriticConfig
 from align.judges import JUDGES
 from align.learner import Learner, LearnerConfig, NonFiniteUpdates
 from align.losses import exact_kl
@@ -61,6 +62,7 @@ class LearnerActor:
         judge: Name of the evaluation's judge, or None.
         trajectories: Folder for the Parquet files.
         seed: The run's seed.
+        critic: The critic that the algorithm asks for, or None.
     """
 
     def __init__(
@@ -77,13 +79,24 @@ class LearnerActor:
         judge: str | None,
         trajectories: Path,
         seed: int,
+        critic: CriticConfig | None = None,
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
         torch.manual_seed(seed)
         device = "cuda" if cfg.num_gpus else "cpu"
         self.policy = Policy.load(model, device=device, compute_dtype=compute_dtype)
         self.exact = Policy(self.policy.model, self.policy.tokenizer)  # float32, for evaluations
-        self.learner = Learner(self.policy, algorithm, optimizer, cfg, num_steps, temperature)
+        value_critic = None
+        if critic is not None:
+            value_critic = Critic(
+                Critic.model_from(critic.model or model, device),
+                critic,
+                num_steps,
+                value_clip=algorithm.value_clip,
+                max_tokens=cfg.max_tokens_per_micro_batch,
+                compute_dtype=compute_dtype,
+            )
+        self.learner = Learner(self.policy, algorithm, optimizer, cfg, num_steps, temperature, value_critic)
         self.wire = WireWeights(self.policy.named_weights, wire_dtype)
         self.wire_dtype = wire_dtype
         self.sender: Sender | None = None
@@ -173,12 +186,12 @@ class LearnerActor:
         return answers
 
     def save(self, directory: Path) -> None:
-        """Write policy (Hugging Face folder) and optimizer into `directory`."""
+        """Write policy (Hugging Face folder), optimizer, KL coefficient and critic into `directory`."""
         self.policy.save(directory / "policy")
         self.learner.save_optimizer(directory / "optimizer.safetensors")
 
     def restore(self, directory: Path, version: int) -> None:
-        """Take up the optimizer of a checkpoint whose policy this learner was built from."""
+        """Take up optimizer, KL coefficient and critic of a checkpoint whose policy this learner was built from."""
         self.learner.load_optimizer(directory / "optimizer.safetensors", version)
 
     def export_policy(self, directory: Path) -> None:

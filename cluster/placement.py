@@ -262,6 +262,7 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path) -> Any:
             judge=cfg.evaluation.judge,
             trajectories=run_dir.resolve() / "trajectories",
             seed=cfg.run.seed,
+            critic=cfg.critic,
         )
     )
 

@@ -66,6 +66,7 @@ def test_there_are_run_files_to_ship() -> None:
         {"rollout": {"num_gpus": 2}, "learner": {"num_gpus": 1}, "scorer": {"num_gpus": 0.25}},
         {"run": {"group_size": 4}, "algorithm": {"name": "dapo", "clip_high": 0.3, "reward_range": [-1.0, 1.0]}},
         {"algorithm": {"name": "reinforce++", "dual_clip": 3.0}},
+        {"algorithm": {"name": "ppo", "value_clip": math.inf}, "critic": {"optimizer": {"lr": 1e-4}, "model": "m"}},
     ],
 )
 def test_every_kind_of_value_survives_the_resolved_form(sections: dict[str, Any], tmp_path: Path) -> None:
@@ -93,10 +94,13 @@ def test_an_override_replaces_a_value(override: str, read: Any, value: Any, run_
     assert read(load_config(run_file, [override])) == value
 
 
+NOT_SET = {"reward_range", "max_advantage", "dual_clip", "gae_lambda", "value_clip", "kl_target"}
+
+
 @pytest.mark.parametrize("name", ["grpo", "cispo"])
 def test_the_resolved_config_shows_the_parts_of_the_bundle(name: str) -> None:
     shown = resolved(config(run={"group_size": 4}, algorithm={"name": name}))["algorithm"]
-    assert set(shown) == set(AlgorithmConfig.model_fields) - {"reward_range", "max_advantage", "dual_clip"}  # not set
+    assert set(shown) == set(AlgorithmConfig.model_fields) - NOT_SET
     assert {key: shown[key] for key in BUNDLES[name]} == dict(BUNDLES[name])
 
 
@@ -105,7 +109,7 @@ def test_the_last_override_of_a_key_counts(run_file: Path) -> None:
 
 
 def test_a_config_cannot_be_changed() -> None:
-    cfg = config(evaluation={"heldout": {"files": ["h.jsonl"]}})
+    cfg = config(evaluation={"heldout": {"files": ["h.jsonl"]}}, critic={}, algorithm={"name": "ppo"})
     sections = [cfg, *(value for _, value in cfg if isinstance(value, BaseModel)), cfg.evaluation.heldout]
     assert len(sections) == len(RunConfig.model_fields) + 2
     for section in sections:
@@ -196,7 +200,7 @@ def test_an_empty_file_names_every_section_that_is_required(tmp_path: Path) -> N
         ("optimizer.betas=[1.5, 0.9]", "optimizer.betas.0: Input should be less than 1, got 1.5"),
         ("sampling.temperature=0", "sampling.temperature: "),
         ("algorithm.baseline=median", "algorithm.baseline: Input should be 'none', 'batch_mean'"),
-        ("algorithm.name=ppo", "algorithm.name: Input should be 'reinforce'"),
+        ("algorithm.name=ppg", "algorithm.name: Input should be 'reinforce'"),
         ('algorithm.name=["grpo"]', "algorithm.name: Input should be 'reinforce'"),
         ("algorithm.clip_low=2", "algorithm.clip_low: Input should be less than or equal to 1, got 2"),
         ("rollout.dtype=float16", "rollout.dtype: "),
@@ -233,6 +237,17 @@ def test_an_override_below_a_value_is_refused(run_file: Path) -> None:
         (["run.max_staleness=1", "algorithm.importance=none"], "'none' needs run.max_staleness = 0"),
         (["algorithm.baseline=group_mean"], "'group_mean' needs run.group_size of at least 2"),
         (["algorithm.name=grpo"], "'group_outcome_mean' needs run.group_size of at least 2"),
+        (["algorithm.name=ppo"], "algorithm.baseline = 'critic' (bundle ppo has it) needs a section [critic]"),
+        (["critic.warmup_steps=1"], "the section [critic] is read by algorithm.baseline = 'critic' alone"),
+        (["algorithm.num_minibatches=3"], "algorithm.num_minibatches (3) is above the 2 trajectories of a step"),
+        (
+            ["algorithm.name=rloo", "run.group_size=2", "algorithm.kl_target=6", "algorithm.kl_horizon=3"],
+            "algorithm.kl_horizon (3) is below the 4 trajectories of a step",
+        ),
+        (
+            ["run.max_staleness=1", "algorithm.name=grpo", "run.group_size=2", "algorithm.proximal=recomputed"],
+            "'none' needs run.max_staleness = 0",
+        ),
         (["algorithm.name=rloo"], "'leave_one_out' needs run.group_size of at least 2"),
         (
             ["algorithm.name=dr_grpo", "run.group_size=2"],

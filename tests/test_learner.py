@@ -24,6 +24,7 @@ from align.learner import (
 from align.optimizer import OptimizerConfig, lr_factor
 from align.policy import Policy
 from tests.conftest import VOCAB_SIZE
+from tests.critics import new_critic
 from tests.tabular import TabularLM
 from tests.trajectories import make_scored, make_trajectory
 
@@ -54,8 +55,11 @@ def new_learner(policy: Policy, max_tokens: int = 10_000, num_steps: int = 10, *
     cfg = {"max_tokens_per_micro_batch": max_tokens}
     cfg |= {k: settings.pop(k) for k in list(settings) if k in LearnerConfig.model_fields}
     temperature = settings.pop("temperature", 1.0)
+    of_critic = {"warmup_steps": settings.pop("critic_warmup_steps", 0), "max_tokens": max_tokens}
+    algorithm = AlgorithmConfig(**settings)
+    critic = new_critic(value_clip=algorithm.value_clip, **of_critic) if algorithm.baseline == "critic" else None
     return Learner(
-        policy, AlgorithmConfig(**settings), OptimizerConfig(**optimizer), LearnerConfig(**cfg), num_steps, temperature
+        policy, algorithm, OptimizerConfig(**optimizer), LearnerConfig(**cfg), num_steps, temperature, critic
     )
 
 
@@ -164,9 +168,9 @@ def test_extra_columns_of_padding_change_nothing_at_all(new_policy: PolicyFactor
     wide = dataclasses.replace(
         batch,
         **{
-            field.name: torch.nn.functional.pad(value, (0, 7), value=3 if field.name == "token_ids" else 0)
-            for field in dataclasses.fields(batch)
-            if (value := getattr(batch, field.name)).dim() == 2
+            name: torch.nn.functional.pad(value, (0, 7), value=3 if name == "token_ids" else 0)
+            for name, value in batch.tensors()
+            if value.dim() == 2
         },
     )
     gradients, stats = update(new_learner(new_policy()), batch)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from tests.conformance.peers import FLOAT32, Differs, Verdict, at
 
-CRITIC = "needs a critic, which this part does not have"
-
 
 def blown_up_rounding(mask: Tensor, ours: Tensor, theirs: Tensor, epsilon: float, rows: slice) -> Verdict:
     """A group of equal rewards: theirs are what float32 rounds of their mean (an ulp of it or less) over epsilon."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import corrections, losses, returns
-from tests.conformance.departures import CRITIC, blown_up_rounding
+from align import losses, returns
+from tests.conformance import critics
+from tests.conformance.departures import blown_up_rounding
 from tests.conformance.peers import (
     EXACT,
     FLOAT32,
@@ -32,9 +33,6 @@ from tests.conformance.peers import (
 from tests.conformance.policies import entropy_verdict, logprob_verdict
 
 NOT_OFFERED = {
-    "ValueLoss": CRITIC,
-    "RemoteExperienceMaker.get_advantages_and_returns": CRITIC,
-    "AdaptiveKLController.update": "the KL coefficient is fixed in this part",
     "apply_overlong_penalty": "soft length penalty; this part masks instead",
     "apply_stop_properly_penalty": "penalty for truncated trajectories; this part masks instead",
     "masked_normalize": "normalised within each row",
@@ -72,8 +70,6 @@ def classify(case: Case) -> Verdict:
 def advantages(case: Case) -> Verdict:
     """The whole of `compute_advantages_and_returns`: shaping by group, KL, return, whitening."""
     params, estimator = case.params, case.params["estimator"]
-    if estimator == "gae":
-        return NotOffered(CRITIC)
     if "overlong_buffer_len" in params or "stop_properly_penalty_coef" in params:
         return NotOffered("penalties on the reward of long or truncated trajectories; this part masks instead")
     parts, last = settings(params)
@@ -88,6 +84,7 @@ def advantages(case: Case) -> Verdict:
         "k1 is cut at 10": "kl" in parts and "extreme" in case.id,
         "whitened with the variance over n; ours over n - 1": last == "whiten",
         "centred over all tokens once more": last == "centre" and estimator != "reinforce",
+        "discounted through the tokens outside the mask, which take no time in ours": is_through_holes(case),
     }
     if not any(reasons.values()):
         return Equal(pairs, FLOAT32 if "kl" in parts or case.dtype == torch.float32 else WITH_EPSILON)
@@ -103,12 +100,12 @@ def advantages(case: Case) -> Verdict:
 
 def settings(params: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Our parts, and what theirs do last over all tokens: whiten, centre or nothing."""
-    parts = dict(ESTIMATORS[params["estimator"]])
+    parts = critics.gae_parts(params) if params["estimator"] == "gae" else dict(ESTIMATORS[params["estimator"]])
     if params["kl_coef"] > 0:
         parts |= {"kl": "reward", "kl_estimator": "k1", "kl_coefficient": params["kl_coef"]}
     if params["reward_clip_range"] is not None:
         parts["reward_range"] = params["reward_clip_range"]
-    if not params["estimator"].startswith("reinforce"):
+    if not params["estimator"].startswith(("reinforce", "gae")):
         return parts, ""
     if params["estimator"] == "reinforce":  # the group estimators force the discount to 1
         parts["discount"] = params["gamma"]
@@ -124,6 +121,19 @@ def is_late(parts: dict[str, Any]) -> bool:
     return parts.get("rewards") == "outcome" and ("kl" in parts or "reward_range" in parts)
 
 
+def is_through_holes(case: Case) -> bool:
+    return case.params["estimator"] == "gae" and "holes" in case.id
+
+
+def gae_through_holes(case: Case, rewards: Tensor, parts: dict[str, Any]) -> Tensor:
+    """Their GAE of the rewards less KL, whitened."""
+    batch, mask = experience(case, rewards, cut=10), case.mask("action_mask")
+    kl = losses.kl_estimate(batch.behavior_logprobs, batch.ref_logprobs, "k1")
+    paid = rewards - parts["kl_coefficient"] * kl
+    raw, _ = critics.gae_over_holes(paid, case.input("values"), mask, case.params)
+    return returns.whiten(raw.masked_fill(~mask, 0.0), mask)
+
+
 def experience(case: Case, rewards: Tensor, cut: float = math.inf) -> Any:
     """A batch with the log-probs that the stored KL was made of, their difference cut at will; "0" means no KL."""
     kl = str(case.inputs["kl"])
@@ -132,11 +142,14 @@ def experience(case: Case, rewards: Tensor, cut: float = math.inf) -> Any:
     if behavior is not None and ref is not None:
         behavior = ref + (behavior - ref).clamp(-cut, cut)
     index = torch.arange(12) // case.params["n_samples_per_prompt"]
-    return batch_of(case.mask("action_mask"), rewards, behavior, ref, index)
+    batch = batch_of(case.mask("action_mask"), rewards, behavior, ref, index)
+    return critics.with_values(batch, case) if case.params["estimator"] == "gae" else batch
 
 
 def theirs_from_our_parts(case: Case, rewards: Tensor, parts: dict[str, Any]) -> Tensor:
     """Our parts in their order: group shaping of the outcome, then the range, then KL by token, then the return."""
+    if is_through_holes(case):
+        return gae_through_holes(case, rewards, parts)
     if not is_late(parts):
         return advantages_of(experience(case, rewards, cut=10), **parts)
     mask = case.mask("action_mask")
@@ -229,7 +242,6 @@ def policy_loss(case: Case) -> Verdict:
         return NotOffered("trajectories kept by their geometric mean, tokens weighted without any bound")
     mask = case.mask("action_mask")
     old = case.input("rollout_log_probs" if by_sequence and corrected else "old_log_probs")
-    weights = bounded_weights(old - case.input("rollout_log_probs"), mask, kind, params) if kind else None
     whole, ranks = whole_batch(params)
     parts: dict[str, Any] = {
         "surrogate": "gspo" if by_sequence else "ppo_clip",
@@ -239,8 +251,14 @@ def policy_loss(case: Case) -> Verdict:
     }
     if params["dual_clip"] is not None:
         parts["dual_clip"] = params["dual_clip"]
+    rollout = None
+    if kind:  # decoupled PPO
+        low, high = params["vllm_is_truncated_threshold"]
+        parts["importance"] = {"tis": "truncated", "icepop": "masked"}[kind]
+        parts |= {"min_importance_weight": low, "max_importance_weight": high}
+        rollout = case.input("rollout_log_probs")
     inputs = (mask, case.input("log_probs"), old, case.input("advantages"))
-    result = loss_of(*inputs, weights=weights, whole=whole, **parts)
+    result = loss_of(*inputs, rollout=rollout, whole=whole, **parts)
     return Equal(compared(case, result, ranks), EXACT)
 
 
@@ -250,19 +268,6 @@ def compared(case: Case, result: dict[str, Tensor], ranks: int) -> Pairs:
         "loss": (loss["loss"], case.output("loss")),
         "gradient": (loss["gradient"], case.output("grad_log_probs")),
     }
-
-
-def bounded_weights(log_ratio: Tensor, mask: Tensor, kind: str, params: dict[str, Any]) -> Tensor:
-    low, high = params["vllm_is_truncated_threshold"]
-    weights, _ = corrections.importance_weights(
-        log_ratio,
-        torch.zeros_like(log_ratio),
-        mask,
-        bound={"tis": "truncated", "icepop": "masked"}[kind],
-        min_weight=low,
-        max_weight=high,
-    )
-    return weights
 
 
 # --- KL and statistics -------------------------------------------------------------------------------------------
@@ -298,6 +303,9 @@ def masked_mean(case: Case) -> Verdict:
 HANDLERS: dict[str, Callable[[Case], Verdict]] = {
     "RemoteExperienceMaker.compute_advantages_and_returns": advantages,
     "RemoteExperienceMaker.get_cumulative_returns": cumulative_returns,
+    "RemoteExperienceMaker.get_advantages_and_returns": critics.plain_gae,
+    "ValueLoss": critics.value_loss("values", "old_values", "returns", "action_mask", "clip_eps"),
+    "AdaptiveKLController.update": critics.kl_controller,
     "compute_reward": reward,
     "aggregate_loss": aggregated,
     "get_loss_batch_info": batch_counts,

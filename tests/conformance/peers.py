@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -184,6 +185,7 @@ def loss_of(
     ref: Tensor | None = None,
     entropies: Tensor | None = None,
     weights: Tensor | None = None,
+    rollout: Tensor | None = None,
     whole: tuple[int, int] | None = None,
     **parts: Any,
 ) -> dict[str, Tensor]:
@@ -194,11 +196,15 @@ def loss_of(
         ref: [B, T] for the KL term.
         entropies: [B, T] for the entropy bonus.
         weights: [B, T] or [B, 1] given importance weights.
+        rollout: [B, T] of the sampler, where `old` is a policy between: decoupled PPO.
         whole: Rows and tokens of the whole batch that these rows are part of.
         parts: Of the algorithm.
     """
-    objective = Objective(AlgorithmConfig(**{"importance": "none", **parts}))
     batch = batch_of(mask, behavior=old, ref=ref)
+    if rollout is not None:
+        batch = dataclasses.replace(batch, behavior_logprobs=rollout, old_logprobs=old)
+        parts["proximal"] = "recomputed"
+    objective = Objective(AlgorithmConfig(**{"importance": "none", **parts}))
     leaf = logprobs.clone().requires_grad_()
     output = TokenLogprobs(leaf, torch.zeros_like(leaf) if entropies is None else entropies)
     token_losses, metrics = objective.token_losses(batch, output, advantages.expand(mask.shape))

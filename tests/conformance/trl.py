@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from align import corrections, losses, returns
-from tests.conformance.departures import CRITIC, blown_up_rounding, straight_through_gradient
+from tests.conformance import critics
+from tests.conformance.departures import blown_up_rounding, straight_through_gradient
 from tests.conformance.peers import (
     EXACT,
     FLOAT32,
@@ -48,7 +49,6 @@ NOT_OFFERED = {
     "grpo_trainer:GRPOTrainer.get_gamma_weights": "VESPO: gamma-shaped weights of the sequence's ratio",
     "grpo_trainer:GRPOTrainer.get_high_entropy_mask": "loss on the tokens of highest entropy alone",
     "rloo_trainer:RLOOTrainer._compute_loss": "one ratio per completion, unbounded product of token ratios, clipped",
-    "ppo_trainer:PPOTrainer.train [rewards, GAE, losses]": CRITIC,
     "ppo_trainer:masked_var": "a step inside whitening; compared there",
     "utils:nanstd": "statistics over missing rewards; ours refuses a reward that is not finite",
 }
@@ -181,18 +181,29 @@ def asynchronous_loss(case: Case) -> Verdict:
 # --- corrections -------------------------------------------------------------------------------------------------
 
 
-def ratio_of(case: Case) -> Tensor:
-    """Our weights for their mode and bounds. Their sequence modes take the product over tokens."""
+def importance_parts(case: Case) -> dict[str, Any]:
+    """Our parts for their mode and bounds. Their sequence modes take the product over tokens."""
     mode, low, high = (case.params[f"vllm_importance_sampling_{name}"] for name in ("mode", "clip_min", "clip_max"))
     level, bound = mode.split("_")
+    return {
+        "importance_level": {"token": "token", "sequence": "sequence_sum"}[level],
+        "importance": {"truncate": "truncated", "mask": "masked"}[bound],
+        "min_importance_weight": low or 0.0,
+        "max_importance_weight": high or math.inf,
+    }
+
+
+def ratio_of(case: Case) -> Tensor:
+    """Our weights under these parts."""
+    parts = importance_parts(case)
     weights, _ = corrections.importance_weights(
         case.input("old_per_token_logps"),
         case.input("sampling_per_token_logps"),
         case.mask("completion_mask"),
-        level={"token": "token", "sequence": "sequence_sum"}[level],
-        bound={"truncate": "truncated", "mask": "masked"}[bound],
-        min_weight=low or 0.0,
-        max_weight=high or math.inf,
+        level=parts["importance_level"],
+        bound=parts["importance"],
+        min_weight=parts["min_importance_weight"],
+        max_weight=parts["max_importance_weight"],
     )
     return weights
 
@@ -203,18 +214,19 @@ def sampling_ratio(case: Case) -> Verdict:
 
 
 def corrected_loss(case: Case) -> Verdict:
-    """Weights between sampler and old, PPO's clip between old and new. In a run `old` is the policy: one step per batch."""
+    """Decoupled PPO: weights between sampler and old, PPO's clip between old and new."""
     weights, mask = ratio_of(case), case.mask("completion_mask")
     result = loss_of(
         mask,
         case.input("per_token_logps"),
         case.input("old_per_token_logps"),
         rows_of(case, "advantages"),
-        weights=weights,
+        rollout=case.input("sampling_per_token_logps"),
         surrogate="ppo_clip",
         aggregation="token_mean",
         clip_low=case.params["epsilon"],
         clip_high=case.params["epsilon_high"],
+        **importance_parts(case),
     )
     pairs = compared(case, result)
     return Equal({**pairs, "weights": (at(mask, weights), at(mask, case.output("ratio")))}, EXACT)
@@ -320,6 +332,7 @@ HANDLERS: dict[str, Callable[[Case], Verdict]] = {
     "rloo_trainer:RLOOTrainer._generate_and_score_completions": leave_one_out,
     "grpo_trainer:GRPOTrainer._generate_and_score_completions [importance_sampling_ratio]": sampling_ratio,
     "grpo_trainer:GRPOTrainer._generate_and_score_completions + _compute_loss": corrected_loss,
+    "ppo_trainer:PPOTrainer.train [rewards, GAE, losses]": critics.trl_ppo,
     "ppo_trainer:masked_mean": masked,
     "ppo_trainer:masked_whiten": masked,
     "utils:entropy_from_logits": entropy_verdict,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from align import losses, returns
-from tests.conformance import verl_advantages, verl_corrections
-from tests.conformance.departures import CRITIC, straight_through_gradient
+from tests.conformance import critics, verl_advantages, verl_corrections
+from tests.conformance.departures import straight_through_gradient
 from tests.conformance.peers import (
     EXACT,
     WITH_EPSILON,
@@ -26,7 +26,7 @@ from tests.conformance.peers import (
 )
 from tests.conformance.policies import entropy_verdict, logprob_verdict
 from tests.conformance.verl_advantages import KL, NO_ABS
-from tests.conformance.verl_corrections import bounded_weights
+from tests.conformance.verl_corrections import bounded_weights, importance_parts
 
 AGGREGATION = {
     "token-mean": "token_mean",
@@ -36,8 +36,6 @@ AGGREGATION = {
     "seq-mean-token-sum-norm": "constant_length",
 }
 NOT_OFFERED = {
-    "compute_gae_advantage_return": CRITIC,
-    "compute_value_loss": CRITIC,
     "compute_grpo_passk_outcome_advantage": "pass@k: only the best of a group is rewarded",
     "compute_opo_outcome_advantage": "OPO: baseline weighted by length",
     "compute_gpg_outcome_advantage": "GPG: scaled by the number of non-zero rewards",
@@ -45,7 +43,6 @@ NOT_OFFERED = {
     "compute_optimal_token_baseline_advantage": "optimal token baseline: needs sum over v of pi(v)^2",
     "compute_multi_turn_optimal_token_baseline_advantage": "optimal token baseline: needs sum over v of pi(v)^2",
     "compute_gdpo_outcome_advantage": "GDPO: several rewards, each normalised by itself",
-    "AdaptiveKLController.update": "the KL coefficient is fixed in this part",
     "compute_policy_loss_sapo": "SAPO: soft gates instead of a clip",
     "compute_policy_loss_geo_mean": "GMPO: geometric mean of clipped ratios",
     "compute_policy_loss_dro": "DRO: quadratic loss on the log-ratio",
@@ -174,12 +171,13 @@ def bypass(case: Case) -> Verdict:
 
 
 def corrected_policy_loss(case: Case) -> Verdict:
-    """Weights between rollout and old, PPO's clip between old and new. In a run `old` is the policy: one step per batch."""
+    """Decoupled PPO: weights between rollout and old, PPO's clip between old and new."""
     mask, logprobs, old, advantages = arguments(case)
-    weights, _ = bounded_weights(case, old - case.input("rollout_log_prob"), mask)
+    rollout = case.input("rollout_log_prob")
+    weights, _ = bounded_weights(case, old - rollout, mask)
     clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": case.params["clip_ratio_c"]}
-    parts = {"surrogate": "ppo_clip", "aggregation": "token_mean", **clips}
-    result = loss_of(mask, logprobs, old, advantages, weights=weights, **parts)
+    parts = {"surrogate": "ppo_clip", "aggregation": "token_mean", **clips, **importance_parts(case)}
+    result = loss_of(mask, logprobs, old, advantages, rollout=rollout, **parts)
     pairs = compared(case, result)
     return Equal({**pairs, "weights": (at(mask, weights), at(mask, case.output("weights")))}, WITH_EPSILON)
 
@@ -252,6 +250,9 @@ HANDLERS: dict[str, Callable[[Case], Verdict]] = {
     "compute_reinforce_plus_plus_outcome_advantage": verl_advantages.whitened,
     "compute_reinforce_plus_plus_outcome_advantage (old)": verl_advantages.whitened,
     "compute_reinforce_plus_plus_baseline_outcome_advantage": verl_advantages.whitened_group,
+    "compute_gae_advantage_return": critics.whitened_gae,
+    "compute_value_loss": critics.value_loss("vpreds", "values", "returns", "response_mask", "cliprange_value"),
+    "AdaptiveKLController.update": critics.kl_controller,
     "apply_kl_penalty": verl_advantages.kl_in_reward,
     "apply_kl_penalty + advantage": verl_advantages.advantages_with_kl,
     "compute_rewards": verl_advantages.rewards_with_kl,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from align import losses, returns
-from tests.conformance.departures import CRITIC, blown_up_rounding, restarted_returns
+from tests.conformance.critics import gae_parts, with_values
+from tests.conformance.departures import blown_up_rounding, restarted_returns
 from tests.conformance.peers import (
     EXACT,
     FLOAT32,
@@ -103,7 +104,7 @@ def whitened_group(case: Case) -> Verdict:
 
 
 def kl_in_reward(case: Case) -> Verdict:
-    """`apply_kl_penalty`; the adaptive coefficient that it also returns is not offered."""
+    """`apply_kl_penalty`; the coefficient that it also returns is compared by its own function."""
     if case.params["kl_penalty"] == "abs":
         return NO_ABS
     mask = case.mask("response_mask")
@@ -126,11 +127,12 @@ def rewards_with_kl(case: Case) -> Verdict:
 
 def advantages_with_kl(case: Case) -> Verdict:
     estimator = case.params["estimator"]
-    if estimator == "gae":
-        return NotOffered(CRITIC)
     mask = case.mask("response_mask")
     names = ("token_level_scores", "old_log_probs", "ref_log_prob")
     batch = batch_of(mask, *(case.input(name) for name in names), group_index=case.index("index"))
     kl = {"kl": "reward", "kl_estimator": "k1", "kl_coefficient": case.params["kl_coef"]}
-    ours = advantages_of(batch, **ESTIMATORS[estimator], **kl)
+    parts = ESTIMATORS.get(estimator, {})
+    if estimator == "gae":
+        batch, parts = with_values(batch, case), {"whiten": True, **gae_parts(case.params)}
+    ours = advantages_of(batch, **parts, **kl)
     return Equal({"advantages": (at(mask, ours), at(mask, case.output("advantages")))}, WITH_EPSILON)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,18 +23,29 @@ from tests.conformance.peers import (
 LEVELS = {"token_k1": "token", "seq_sum_k1": "sequence_sum", "seq_mean_k1": "sequence_mean"}
 
 
-def bounded_weights(case: Case, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Our weights for their `rollout_is` and its threshold: one number truncates from above, two are IcePop's band."""
+def importance_parts(case: Case) -> dict[str, Any]:
+    """Our parts for their `rollout_is` and its threshold: one number truncates from above, two are IcePop's band."""
     threshold = case.params["rollout_is_threshold"]
     band = [float(x) for x in threshold.split("_")] if isinstance(threshold, str) else [0.0, float(threshold)]
+    return {
+        "importance_level": {"token": "token", "sequence": "sequence_sum"}[case.params["rollout_is"]],
+        "importance": "masked" if isinstance(threshold, str) else "truncated",
+        "min_importance_weight": band[0],
+        "max_importance_weight": band[1],
+    }
+
+
+def bounded_weights(case: Case, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Our weights under these parts."""
+    parts = importance_parts(case)
     return corrections.importance_weights(
         log_ratio,
         torch.zeros_like(log_ratio),
         mask,
-        level={"token": "token", "sequence": "sequence_sum"}[case.params["rollout_is"]],
-        bound="masked" if isinstance(threshold, str) else "truncated",
-        min_weight=band[0],
-        max_weight=band[1],
+        level=parts["importance_level"],
+        bound=parts["importance"],
+        min_weight=parts["min_importance_weight"],
+        max_weight=parts["max_importance_weight"],
     )
 
 

@@ -77,9 +77,17 @@ def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) 
     assert emitted <= GLOSSARY.keys()
     of_parts_that_the_demo_does_not_use = {
         "advantage/clipped_fraction",
+        "critic/clipped_fraction",
+        "critic/explained_variance",
+        "critic/grad_norm",
+        "critic/loss",
+        "critic/value_mean",
         "importance/truncated_fraction",
         "importance/weight_mean",
+        "kl/coefficient",
         "kl/policy_reference",
+        "kl/trajectory_behavior_reference",
+        "optimizer/inner_steps",
         "reward/clipped_fraction",
         "surrogate/clipped_fraction",
         "trajectory/overlong_masked_fraction",
