@@ -66,6 +66,8 @@ class Learner:
         cfg: Memory and speed.
         num_steps: Length of the run, for the schedule.
         temperature: The sampler's temperature; log-probabilities are taken at it.
+        top_k: The sampler's; log-probabilities are taken over the tokens that it and `top_p` keep.
+        top_p: The sampler's.
     """
 
     def __init__(
@@ -76,12 +78,15 @@ class Learner:
         cfg: LearnerConfig,
         num_steps: int,
         temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> None:
         self.policy = policy
         self.objective = Objective(algorithm)
         self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg
         self.temperature = temperature
+        self.top_k, self.top_p = top_k, top_p
         self.version = 0
         self.skipped_in_a_row = 0
         self.skipped_updates = 0
@@ -101,7 +106,8 @@ class Learner:
         batch = batch.to(self.policy.device)
         advantages, metrics = self.objective.advantages(batch)
         batch, mask_metrics = self.objective.with_loss(batch)
-        metrics += [*mask_metrics, *self._accumulate(batch, advantages)]
+        batch, guard_metrics = self.objective.with_guard(batch, advantages)
+        metrics += [*mask_metrics, *guard_metrics, *self._accumulate(batch, advantages)]
         grad_norm = self.optimizer.clip()
         finite = math.isfinite(grad_norm) and all(math.isfinite(m.value) for m in metrics if m.name == "optimizer/loss")
         lr = self._step(finite)
@@ -138,10 +144,15 @@ class Learner:
             temperature=self.temperature,
             with_entropy=True,
             entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
+            others=part.ref_top_ids,
+            top_k=self.top_k,
+            top_p=self.top_p,
         )
         token_losses, metrics = self.objective.token_losses(part, output, advantages)
         losses.aggregate(token_losses, mask, weights).backward()  # type: ignore[no-untyped-call]
         metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), tokens))
+        if output.outside is not None:
+            metrics.append(Metric("support/outside_fraction", mean(output.outside, mask), tokens))
         logprobs = output.logprobs.detach()
         return logprobs, [*metrics, *self._statistics(part, logprobs, output.entropy.detach())]
 
