@@ -81,9 +81,9 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "clip_high": 4.0,
             "aggregation": "token_mean",
         },
-        # Khatri et al. (2025), The art of scaling RL compute (ScaleRL): REINFORCE with truncated importance weights (CISPO), mean
-        # over prompts, advantages scaled over the batch, no KL; weights up to 5 as in TRL's index of papers. Departs: groups
-        # without signal and solved prompts stay (both are filters of the data); the head computes in the learner's own type.
+        # Khatri et al. (2025), The art of scaling RL compute, section 4 (ScaleRL): REINFORCE with truncated importance weights
+        # (CISPO), mean over prompts, advantages scaled over the batch, no KL; weights up to 5 as in TRL's index of papers.
+        # Departs: groups without signal and solved prompts stay (both are filters); the head computes in the learner's type.
         "scalerl": {
             **_GROUP_RELATIVE,
             "group_std": False,

@@ -184,8 +184,8 @@ def divide_by_batch_std(advantages: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [B, T], 0 outside the mask.
 
-    Source: Khatri et al. (2025), The art of scaling reinforcement learning compute for LLMs (ScaleRL), batch-level advantage
-    normalization.
+    Source: Khatri et al. (2025), The art of scaling reinforcement learning compute for LLMs, section 4 (ScaleRL): the standard
+    deviation of all advantages of the batch (`n - 1` is our choice).
     """
     is_first = mask & (mask.long().cumsum(dim=1) == 1)
     values = advantages[is_first].double()

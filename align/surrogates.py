@@ -187,7 +187,7 @@ def soft_gate(
         raise ValueError(f"gates are {gate_positive} and {gate_negative}; both must be above 0")
     log_ratio, hit = _bounded(_log_ratio(policy_logprobs, old_logprobs, mask), mask)
     advantages = advantages.detach()
-    tau = torch.where(advantages > 0, gate_positive, gate_negative).to(log_ratio.dtype)
+    tau = torch.full_like(log_ratio, gate_negative).masked_fill(advantages > 0, gate_positive)
     return -torch.sigmoid(tau * (log_ratio.exp() - 1)) * (4 / tau) * advantages, hit
 
 

@@ -96,7 +96,8 @@ def test_an_override_replaces_a_value(override: str, read: Any, value: Any, run_
 @pytest.mark.parametrize("name", ["grpo", "cispo"])
 def test_the_resolved_config_shows_the_parts_of_the_bundle(name: str) -> None:
     shown = resolved(config(run={"group_size": 4}, algorithm={"name": name}))["algorithm"]
-    assert set(shown) == set(AlgorithmConfig.model_fields) - {"reward_range", "max_advantage", "dual_clip"}  # not set
+    not_set = {"reward_range", "max_advantage", "dual_clip", "supervised_min_outcome"}
+    assert set(shown) == set(AlgorithmConfig.model_fields) - not_set
     assert {key: shown[key] for key in BUNDLES[name]} == dict(BUNDLES[name])
 
 
@@ -228,8 +229,10 @@ def test_an_override_below_a_value_is_refused(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["sampling.top_p=0.9"], "sampling.top_p and top_k must be 1 and 0"),
-        (["sampling.top_k=50"], "sampling.top_p and top_k must be 1 and 0"),
+        (["sampling.top_p=0.9", "run.max_staleness=1"], "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0"),
+        (["sampling.top_k=50", "run.max_staleness=1"], "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0"),
+        (["sampling.top_k=50", "algorithm.distillation=reverse_kl"], "needs sampling.top_p = 1 and top_k = 0"),
+        (["algorithm.rewards=process"], "algorithm.rewards = 'process' needs run.group_size of at least 2"),
         (["run.max_staleness=1", "algorithm.importance=none"], "'none' needs run.max_staleness = 0"),
         (["algorithm.baseline=group_mean"], "'group_mean' needs run.group_size of at least 2"),
         (["algorithm.name=grpo"], "'group_outcome_mean' needs run.group_size of at least 2"),
@@ -259,6 +262,9 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], exp
         ["algorithm.name=rloo", "run.group_size=2", "run.max_staleness=1"],
         ["algorithm.name=dr_grpo", "run.group_size=2", "algorithm.loss_length=512", "run.max_staleness=1"],
         ["sampling.max_tokens=511"],
+        ["sampling.top_p=0.9", "sampling.top_k=50"],
+        ["algorithm.distillation=reverse_kl", "run.max_staleness=1"],
+        ["algorithm.rewards=process", "run.group_size=2"],
         ["run.seed=2147483647"],
         ["run.group_size=256"],
         ["evaluation.judge=grammatical"],
@@ -270,7 +276,7 @@ def test_the_nearest_values_that_fit_together_are_accepted(overrides: list[str],
 
 
 def test_all_contradictions_are_told_at_once(run_file: Path) -> None:
-    message = refused(run_file, "sampling.top_p=0.9", "algorithm.baseline=group_mean")
+    message = refused(run_file, "sampling.top_p=0.9", "run.max_staleness=1", "algorithm.baseline=group_mean")
     assert "top_p" in message
     assert "group_mean" in message
 

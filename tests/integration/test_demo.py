@@ -77,10 +77,16 @@ def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) 
     assert emitted <= GLOSSARY.keys()
     of_parts_that_the_demo_does_not_use = {
         "advantage/clipped_fraction",
+        "distillation/divergence",
+        "distillation/rest_fraction",
+        "guard/covariance",
+        "guard/token_fraction",
         "importance/truncated_fraction",
         "importance/weight_mean",
         "kl/policy_reference",
         "reward/clipped_fraction",
+        "supervised/token_fraction",
+        "support/outside_fraction",
         "surrogate/clipped_fraction",
         "trajectory/overlong_masked_fraction",
     }
