@@ -20,6 +20,7 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # The project's own: policy gradient with reward-to-go of token rewards; the defaults of the fields.
         "reinforce": {},
         # Hu (2025), REINFORCE++: outcome reward at the end, KL per token in the reward, whitening over the batch, PPO's clip.
+        # KL 0.01 is the default of the author's code (OpenRLHF 3c3be6234).
         "reinforce++": {
             "whiten": True,
             "surrogate": "ppo_clip",
@@ -29,17 +30,17 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "kl_estimator": "k1",
             "kl_coefficient": 0.01,
         },
-        # Ahmadian et al. (2024), Back to Basics: REINFORCE on whole trajectories, KL in the reward. Departs: off-policy tokens
-        # are weighted by truncated pi/mu, where the paper is on-policy.
+        # Ahmadian et al. (2024), Back to Basics: REINFORCE on whole trajectories, KL in the reward; KL 0.03 is of its appendix C,
+        # as TRL's index of papers quotes it. Departs: off-policy tokens are weighted by truncated pi/mu; the paper is on-policy.
         "rloo": {
             "rewards": "outcome",
             "baseline": "leave_one_out",
             "aggregation": "trajectory_mean",
             "kl": "reward",
             "kl_estimator": "k1",
-            "kl_coefficient": 0.05,
+            "kl_coefficient": 0.03,
         },
-        # Shao et al. (2024), DeepSeekMath, equation 3: epsilon 0.2, KL 0.04 by k3 in the loss.
+        # Shao et al. (2024), DeepSeekMath, equation 3: KL 0.04 by k3 in the loss. The paper gives no epsilon; 0.2 is PPO's.
         "grpo": {
             **_GROUP_RELATIVE,
             "surrogate": "ppo_clip",
@@ -64,7 +65,7 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "aggregation": "token_mean",
             "mask_overlong": True,
         },
-        # Zheng et al. (2025), GSPO, section 5.1: clips 3e-4 and 4e-4 on the sequence's ratio, no KL.
+        # Zheng et al. (2025), GSPO, section 5.1: clips 3e-4 and 4e-4 on the sequence's ratio (as in verl and TRL), no KL.
         "gspo": {
             **_GROUP_RELATIVE,
             "surrogate": "gspo",
@@ -73,7 +74,7 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "aggregation": "trajectory_token_mean",
         },
         # MiniMax (2025), MiniMax-M1: no lower bound, no KL, mean over tokens. The paper leaves the upper clip open; weights up
-        # to 5 are what later work recommends.
+        # to 5 are what TRL's index of papers sets for ScaleRL.
         "cispo": {
             **_GROUP_RELATIVE,
             "surrogate": "cispo",
@@ -98,6 +99,29 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "kl_estimator": "k1",
             "kl_coefficient": 0.02,
         },
+        # Khatri et al. (2025), The art of scaling RL compute, section 4 (ScaleRL): REINFORCE with truncated importance weights
+        # (CISPO), mean over prompts, advantages scaled over the batch, no KL; weights up to 5 as in TRL's index of papers.
+        # Departs: groups without signal and solved prompts stay (both are filters); the head computes in the learner's type.
+        "scalerl": {
+            **_GROUP_RELATIVE,
+            "group_std": False,
+            "batch_std": True,
+            "surrogate": "cispo",
+            "clip_low": 1.0,
+            "clip_high": 4.0,
+            "aggregation": "prompt_mean",
+        },
+        # Agarwal et al. (2023), GKD, on the policy's own samples; as a policy gradient by Lu (2025), On-Policy Distillation
+        # (Thinking Machines): a token's advantage is -(log mu - log P_ref), discount 0, weighted by pi/mu, as in
+        # tinker-cookbook's train_on_policy. Departs: the weight is truncated, the loss a mean over tokens.
+        "on_policy_distillation": {
+            "rewards": "none",
+            "discount": 0.0,
+            "aggregation": "token_mean",
+            "kl": "reward",
+            "kl_estimator": "k1",
+            "kl_coefficient": 1.0,
+        },
     }
 )
 
@@ -107,11 +131,23 @@ class AlgorithmConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["reinforce", "reinforce++", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "ppo"] = Field(
-        "reinforce", description="The bundle that the other fields start from."
-    )
-    rewards: Literal["token", "outcome"] = Field(
-        "token", description="Pay each token's reward where it is, or the trajectory's sum at its last token."
+    name: Literal[
+        "reinforce",
+        "reinforce++",
+        "rloo",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "ppo",
+        "scalerl",
+        "on_policy_distillation",
+    ] = Field("reinforce", description="The bundle that the other fields start from.")
+    rewards: Literal["token", "outcome", "process", "none"] = Field(
+        "token",
+        description="Pay each token's reward where it is; the trajectory's sum at its last token; each step's reward at its "
+        "end, less the mean over all steps of the group; or no reward, but only what kl = 'reward' charges.",
     )
     reward_range: tuple[float, float] | None = Field(
         None, description="[least, largest] of a token's or an outcome's reward, before KL; leave out for none."
@@ -139,16 +175,21 @@ class AlgorithmConfig(BaseModel):
         description="critic: a batch pays for moving a value by this much and no more; left out, or inf, for no limit.",
     )
     group_std: bool = Field(
-        False, description="Divide advantages by the group's standard deviation of outcomes (GRPO)."
+        False,
+        description="Divide advantages by the group's standard deviation of outcomes (GRPO), or of the rewards of steps where "
+        "rewards = 'process'.",
     )
     group_std_epsilon: float = Field(
         0.0, ge=0, description="Added to that standard deviation; not needed, but others use 1e-4 to 1e-9."
     )
     whiten: bool = Field(False, description="Scale advantages to mean 0 and standard deviation 1 over the batch.")
+    batch_std: bool = Field(
+        False, description="Divide advantages by their standard deviation over the trajectories of the batch (ScaleRL)."
+    )
     max_advantage: float | None = Field(
         None, gt=0, description="Advantages are cut to +- this, last of all; leave out for none."
     )
-    surrogate: Literal["reinforce", "importance_weighted", "ppo_clip", "gspo", "cispo"] = Field(
+    surrogate: Literal["reinforce", "importance_weighted", "ppo_clip", "gspo", "cispo", "soft_gate"] = Field(
         "reinforce",
         description="What is differentiated. All but reinforce have the ratio pi/mu of policy and behaviour in them.",
     )
@@ -170,6 +211,10 @@ class AlgorithmConfig(BaseModel):
         gt=1,
         description="ppo_clip: the loss of a token with negative advantage A is at most -this * A; leave out for none.",
     )
+    gate_positive: float = Field(
+        1.0, gt=0, description="soft_gate: how fast the gradient fades off-policy where the advantage is positive."
+    )
+    gate_negative: float = Field(1.05, gt=0, description="soft_gate: the same where it is not.")
     aggregation: Literal[
         "sum", "token_mean", "trajectory_mean", "trajectory_token_mean", "prompt_mean", "constant_length"
     ] = Field(
@@ -180,10 +225,10 @@ class AlgorithmConfig(BaseModel):
     loss_length: int = Field(
         0, ge=0, description="Tokens, for constant_length: the longest completion that is allowed."
     )
-    importance: Literal["none", "truncated", "masked"] = Field(
+    importance: Literal["none", "truncated", "masked", "rejected"] = Field(
         "truncated",
         description="For reinforce: weight each token by pi/mu; out of bounds it is moved to the bound, or made 0. `none` is "
-        "refused when max_staleness > 0.",
+        "refused when max_staleness > 0. For any surrogate: `rejected` drops what is out of bounds and weights nothing.",
     )
     importance_level: Literal["token", "sequence_mean", "sequence_sum"] = Field(
         "token", description="pi/mu of the token, the trajectory's geometric mean over tokens, or its exact product."
@@ -208,9 +253,45 @@ class AlgorithmConfig(BaseModel):
         KL_HORIZON, ge=1, description="kl_target: trajectories in which the coefficient changes by at most 20%."
     )
     entropy_coefficient: float = Field(0.0, ge=0, description="Weight of the entropy bonus in the loss, per token.")
+    entropy_guard: Literal["none", "clip_cov", "kl_cov"] = Field(
+        "none",
+        description="Tokens whose log-probability and advantage vary together most lose their gradient (clip_cov), or pay "
+        "guard_coefficient * |log pi - log mu| (kl_cov).",
+    )
+    guard_fraction: float = Field(2e-4, gt=0, le=1, description="Share of the batch's tokens that are guarded.")
+    guard_band: tuple[float, float] = Field(
+        (1.0, 5.0), description="clip_cov: (least, largest) covariance of a token that may be guarded."
+    )
+    guard_coefficient: float = Field(1.0, gt=0, description="kl_cov: nats paid per nat of distance.")
+    distillation: Literal["none", "reverse_kl", "forward_kl", "jensen_shannon"] = Field(
+        "none",
+        description="Divergence from the reference's next-token distribution in the loss: KL(pi || ref), KL(ref || pi), or "
+        "the generalized Jensen-Shannon divergence.",
+    )
+    distillation_top_k: int = Field(
+        0,
+        ge=0,
+        description="Tokens that the reference ranks highest, all others counting as one; 0 is the whole vocabulary, "
+        "which has to travel: for small ones.",
+    )
+    distillation_coefficient: float = Field(1.0, gt=0, description="Weight of the divergence in the loss, per token.")
+    distillation_mixture: float = Field(
+        0.5, gt=0, lt=1, description="jensen_shannon: weight of the reference in the mixture (beta in GKD)."
+    )
+    supervised_coefficient: float = Field(
+        0.0, ge=0, description="Weight of -log pi in the loss, for trajectories that earned supervised_min_outcome."
+    )
+    supervised_min_outcome: float | None = Field(
+        None, description="Least sum of rewards of a trajectory that is imitated, e.g. 1 for a right answer."
+    )
     mask_overlong: bool = Field(
         False, description="Trajectories cut off by length carry no loss; they still count in baselines."
     )
+
+    @property
+    def num_top(self) -> int | None:
+        """How many of the reference's likeliest tokens are needed at each place: 0 for all, None for none."""
+        return None if self.distillation == "none" else self.distillation_top_k
 
     @model_validator(mode="before")
     @classmethod
@@ -234,14 +315,40 @@ class AlgorithmConfig(BaseModel):
             f"baseline = {self.baseline!r} compares whole trajectories: it needs rewards = 'outcome' and discount = 1": (
                 outcome_baseline and (self.rewards != "outcome" or self.discount != 1)
             ),
-            "group_std = true needs baseline = 'group_outcome_mean' or 'leave_one_out'": (
-                self.group_std and not outcome_baseline
+            "group_std = true needs baseline = 'group_outcome_mean' or 'leave_one_out', or rewards = 'process'": (
+                self.group_std and not outcome_baseline and self.rewards != "process"
+            ),
+            "rewards = 'process' are compared within the group already: baseline must be 'none'": (
+                self.rewards == "process" and self.baseline != "none"
+            ),
+            "rewards = 'process' with kl = 'reward' would compare the KL of steps; charge it in the loss": (
+                self.rewards == "process" and self.kl == "reward"
+            ),
+            "rewards = 'none' leaves nothing to learn from: it needs kl = 'reward' or a distillation": (
+                self.rewards == "none" and self.kl != "reward" and self.distillation == "none"
+            ),
+            "batch_std = true beside group_std or whiten would scale advantages twice": (
+                self.batch_std and (self.group_std or self.whiten)
             ),
             "group_std_epsilon is read by nothing: group_std is false": self.group_std_epsilon > 0
             and not self.group_std,
             f"reward_range = [{low}, {high}] is empty": not low < high,
             f"surrogate = {self.surrogate!r} has the ratio pi/mu in it: importance must be 'none', or it would count twice": (
-                self.surrogate != "reinforce" and not decoupled and self.importance != "none"
+                self.surrogate != "reinforce" and not decoupled and self.importance not in ("none", "rejected")
+            ),
+            "gate_positive and gate_negative are read by surrogate = 'soft_gate' alone": (
+                self.surrogate != "soft_gate" and self._is_set("gate_positive", "gate_negative")
+            ),
+            "guard_fraction, guard_band and guard_coefficient are read by nothing: entropy_guard is 'none'": (
+                self.entropy_guard == "none" and self._is_set("guard_fraction", "guard_band", "guard_coefficient")
+            ),
+            f"guard_band = {list(self.guard_band)} is empty": not self.guard_band[0] < self.guard_band[1],
+            "distillation_top_k, distillation_coefficient and distillation_mixture are read by nothing: distillation is 'none'": (
+                self.distillation == "none"
+                and self._is_set("distillation_top_k", "distillation_coefficient", "distillation_mixture")
+            ),
+            "supervised_coefficient and supervised_min_outcome need each other": (
+                (self.supervised_coefficient > 0) != (self.supervised_min_outcome is not None)
             ),
             "baseline = 'critic' needs gae_lambda, e.g. 0.95, or 1 for the whole return": critic
             and self.gae_lambda is None,
@@ -278,3 +385,7 @@ class AlgorithmConfig(BaseModel):
                 self.kl == "reward" and self.kl_estimator == "k3_grad_k2"
             ),
         }
+
+    def _is_set(self, *names: str) -> bool:
+        """Whether one of the fields differs from its default."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in names)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from align.types import FinishReason, ScoredGroup
+from align.types import FinishReason, ScoredGroup, TokenRewards, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Batch:
         old_logprobs: [B, T] of the policy at the start of the update; the learner puts them there where something reads them.
         old_values: [B, T] the critic's at the start of the update; so too.
         value_targets: [B, T] what the critic learns; so too.
+        step_ends: [B, T] bool, the last token of each step; None if every sampled token is a step.
+        guarded: [B, T] bool tokens that an entropy guard holds; None without one.
+        ref_top_ids: [B, T, K] int64 tokens that the reference ranks highest; None if that was not asked.
+        ref_top_logprobs: [B, T, K] float32 their log-probabilities; 0 outside `loss_mask`.
     """
 
     token_ids: Tensor
@@ -45,6 +50,10 @@ class Batch:
     old_logprobs: Tensor | None = None
     old_values: Tensor | None = None
     value_targets: Tensor | None = None
+    step_ends: Tensor | None = None
+    guarded: Tensor | None = None
+    ref_top_ids: Tensor | None = None
+    ref_top_logprobs: Tensor | None = None
 
     @property
     def num_trajectories(self) -> int:
@@ -61,7 +70,7 @@ class Batch:
         rows = torch.as_tensor(index, dtype=torch.long)
         longest = int(self.lengths[rows].max())
         picked = {name: tensor[rows] for name, tensor in self.tensors()}
-        return Batch(**{k: v[:, :longest] if v.dim() == 2 else v for k, v in picked.items()})
+        return Batch(**{k: v[:, :longest] if v.dim() > 1 else v for k, v in picked.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -106,10 +115,40 @@ def collate(groups: Sequence[ScoredGroup]) -> Batch:
             arrays["ref_logprobs"][row, :end] = score.ref_logprobs
         for span in trajectory.versions:
             arrays["versions"][row, span.start : span.end] = span.version
+    arrays |= _asked_for(rows, shape)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     group_index = torch.tensor([index for index, _, _ in rows])
     overlong = torch.tensor([trajectory.finish_reason is FinishReason.LENGTH for _, trajectory, _ in rows])
     return Batch(lengths=torch.tensor(lengths), group_index=group_index, overlong=overlong, **tensors)
+
+
+def _asked_for(rows: Sequence[tuple[int, Trajectory, TokenRewards]], shape: tuple[int, int]) -> dict[str, Any]:
+    """Arrays of what only some rewards give: step ends if any gives them, the reference's likeliest tokens if all do.
+
+    Raises:
+        ValueError: If some trajectories have the likeliest tokens and others have not.
+    """
+    arrays: dict[str, Any] = {}
+    if any(score.step_ends is not None for _, _, score in rows):
+        arrays["step_ends"] = np.zeros(shape, np.bool_)
+        for row, (_, trajectory, score) in enumerate(rows):
+            ends = trajectory.loss_mask if score.step_ends is None else score.step_ends & trajectory.loss_mask
+            arrays["step_ends"][row, : len(ends)] = ends
+    tops = [score.ref_top for _, _, score in rows if score.ref_top is not None]
+    if not tops:
+        return arrays
+    if len(tops) != len(rows):
+        raise ValueError(
+            f"{len(tops)} of {len(rows)} trajectories have the reference's likeliest tokens; all or none must"
+        )
+    shape_k = (*shape, tops[0].token_ids.shape[1])
+    arrays["ref_top_ids"] = np.zeros(shape_k, np.int64)
+    arrays["ref_top_logprobs"] = np.zeros(shape_k, np.float32)
+    for row, ((_, trajectory, _), top) in enumerate(zip(rows, tops, strict=True)):
+        sampled = np.flatnonzero(trajectory.loss_mask)
+        arrays["ref_top_ids"][row, sampled] = top.token_ids
+        arrays["ref_top_logprobs"][row, sampled] = top.logprobs
+    return arrays
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

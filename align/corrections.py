@@ -26,14 +26,15 @@ def importance_weights(
 
     With `d_t = log pi - log mu` the ratio is `exp(d_t)` by `token`; of a whole row, repeated at its tokens, it is
     `exp(mean_t d_t)` by `sequence_mean` (the geometric mean) and `exp(sum_t d_t)` by `sequence_sum` (the exact one).
-    `truncated` moves a ratio outside [min_weight, max_weight] to the bound; `masked` makes it 0.
+    `truncated` moves a ratio outside [min_weight, max_weight] to the bound; `masked` makes it 0; `rejected` makes it 0 too, and
+    every ratio inside 1: what is kept is not weighted.
 
     Args:
         policy_logprobs: [B, T].
         behavior_logprobs: [B, T].
         mask: [B, T] bool.
         level: `token`, `sequence_mean` or `sequence_sum`.
-        bound: `truncated` or `masked`.
+        bound: `truncated`, `masked` or `rejected`.
         min_weight: In [0, 1]; 0 is none.
         max_weight: At least 1.
 
@@ -44,7 +45,9 @@ def importance_weights(
         ValueError: If a bound would cut on-policy tokens, or a name is unknown.
 
     Source: Ionides (2008), Truncated importance sampling, and Espeholt et al. (2018), IMPALA, rho-bar (`truncated`); Team Ling
-    (2025), Every step evolves, IcePop (`masked` by token). A lower bound for `truncated` is found in implementations only.
+    (2025), Every step evolves, IcePop (`masked` by token). A lower bound for `truncated` is found in implementations only, and
+    so is `rejected` (verl's rollout rejection; there what is rejected leaves the denominator too, here it only adds 0, so that
+    the denominator is known before the first micro-batch).
     """
     if not max_weight >= 1.0:
         raise ValueError(f"max_weight is {max_weight}; below 1 even on-policy tokens would be truncated")
@@ -59,8 +62,10 @@ def importance_weights(
             pass
         case "masked":
             weights = weights.masked_fill(outside, 0.0)
+        case "rejected":
+            weights = (~outside).to(weights.dtype)
         case _:
-            raise ValueError(f"unknown bound {bound!r}; choose truncated or masked")
+            raise ValueError(f"unknown bound {bound!r}; choose truncated, masked or rejected")
     return weights.masked_fill(~mask, 1.0), outside
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,17 @@ def minibatches(num_trajectories: int, num_epochs: int, num_minibatches: int, ve
 
 
 @torch.no_grad()
-def old_logprobs(policy: Policy, batch: Batch, max_tokens: int, temperature: float) -> Tensor:
-    """Log-probabilities of the batch under the policy as it is, in micro-batches of `max_tokens`. [B, T], 0 at padding."""
+def old_logprobs(policy: Policy, batch: Batch, max_tokens: int, **sampling: Any) -> Tensor:
+    """Log-probabilities of the batch under the policy as it is, in micro-batches of `max_tokens`. [B, T], 0 at padding.
+
+    Args:
+        policy: The policy.
+        batch: The batch.
+        max_tokens: Padded tokens per forward pass.
+        sampling: Temperature, top_k and top_p of the sampler, as `Policy.token_logprobs` takes them.
+    """
     result = torch.zeros_like(batch.behavior_logprobs)
     for rows in micro_batches(batch.lengths.tolist(), max_tokens):
         part = batch.rows(rows)
-        result[rows, : part.token_ids.shape[1]] = policy.token_logprobs(
-            part.token_ids, temperature=temperature
-        ).logprobs
+        result[rows, : part.token_ids.shape[1]] = policy.token_logprobs(part.token_ids, **sampling).logprobs
     return result

@@ -69,6 +69,8 @@ class Learner:
         num_steps: Length of the run, for the schedule.
         temperature: The sampler's temperature; log-probabilities are taken at it.
         critic: What `baseline = "critic"` asks for, and nothing else.
+        top_k: The sampler's; log-probabilities are taken over the tokens that it and `top_p` keep.
+        top_p: The sampler's.
 
     Raises:
         ValueError: If the algorithm needs a critic and there is none, or the other way round.
@@ -83,6 +85,8 @@ class Learner:
         num_steps: int,
         temperature: float = 1.0,
         critic: Critic | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> None:
         if (algorithm.baseline == "critic") != (critic is not None):
             raise ValueError(f"baseline = {algorithm.baseline!r} {'needs a' if critic is None else 'reads no'} critic")
@@ -92,6 +96,7 @@ class Learner:
         self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg
         self.temperature = temperature
+        self.top_k, self.top_p = top_k, top_p
         self.version = 0
         self.policy_is_version = True  # false between the first optimizer step of a batch and the last
         self.skipped_in_a_row = 0
@@ -115,7 +120,8 @@ class Learner:
         advantages, metrics = self.objective.advantages(batch)
         whole = batch
         batch, mask_metrics = self._with_old(batch)
-        metrics += mask_metrics
+        batch, guard_metrics = self.objective.with_guard(batch, advantages)
+        metrics += [*mask_metrics, *guard_metrics]
         cfg, finite, trained = self.objective.cfg, [], torch.zeros_like(batch.overlong)
         for rows in minibatches(batch.num_trajectories, cfg.num_epochs, cfg.num_minibatches, self.version):
             part = batch.rows(rows)
@@ -144,7 +150,8 @@ class Learner:
             metrics = critic_metrics(batch)
         batch, mask_metrics = self.objective.with_loss(batch)
         if cfg.proximal == "recomputed" and cfg.num_epochs * cfg.num_minibatches > 1:
-            old = old_logprobs(self.policy, batch, self.cfg.max_tokens_per_micro_batch, self.temperature)
+            sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            old = old_logprobs(self.policy, batch, self.cfg.max_tokens_per_micro_batch, **sampling)
             batch = replace(batch, old_logprobs=old)
         return batch, [*metrics, *mask_metrics]
 
@@ -189,10 +196,15 @@ class Learner:
             temperature=self.temperature,
             with_entropy=True,
             entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
+            others=part.ref_top_ids,
+            top_k=self.top_k,
+            top_p=self.top_p,
         )
         token_losses, metrics = self.objective.token_losses(part, output, advantages, self.version)
         losses.aggregate(token_losses, mask, weights).backward()  # type: ignore[no-untyped-call]
         metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), tokens))
+        if output.outside is not None:
+            metrics.append(Metric("support/outside_fraction", mean(output.outside, mask), tokens))
         logprobs = output.logprobs.detach()
         return logprobs, [*metrics, *self._statistics(part, logprobs, output.entropy.detach())]
 

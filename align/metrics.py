@@ -49,12 +49,26 @@ GLOSSARY: dict[str, Definition] = {
     "importance/weight_mean": _d(
         "Mean importance weight pi/mu (decoupled: proximal/mu); near 1 when on-policy or mildly stale."
     ),
-    "importance/truncated_fraction": _d("Share of tokens whose importance weight hit a bound."),
+    "importance/truncated_fraction": _d("Share of tokens whose importance weight hit a bound, or that it rejected."),
     "importance/chi_square": _d(
         "Mean of (pi/mu)^2 - 1 over tokens, unbounded by weights; 0 on-policy, large is noise."
     ),
     "importance/effective_sample_fraction": _d(
         "Share of tokens that unweighted ones would need to say as much; 1 on-policy."
+    ),
+    "guard/covariance": _d(
+        "Mean of algorithm.entropy_guard's covariance of log-probability and advantage; entropy falls with it.", "nats"
+    ),
+    "guard/token_fraction": _d("Share of tokens that algorithm.entropy_guard holds."),
+    "supervised/token_fraction": _d("Share of tokens that algorithm.supervised_coefficient imitates."),
+    "distillation/divergence": _d(
+        "Mean divergence from the reference that algorithm.distillation charges, per token.", "nats"
+    ),
+    "distillation/rest_fraction": _d(
+        "Mean probability that the reference gives to tokens beyond algorithm.distillation_top_k."
+    ),
+    "support/outside_fraction": _d(
+        "Share of sampled tokens outside what the learner's own top-k and top-p keep; rounding, at one version."
     ),
     "mismatch/abs_mean": _d("Mean |log mu - log pi| over tokens sampled at the learner's own version.", "nats"),
     "mismatch/abs_max": _d(

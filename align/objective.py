@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from align import corrections, losses, returns, surrogates
+from align import corrections, distillation, guards, losses, returns, surrogates
 from align.algorithms import AlgorithmConfig
 from align.batching import Batch
 from align.metrics import Metric
@@ -39,11 +40,13 @@ class Objective:
         else:
             togo = returns.reward_to_go(paid, mask, self.cfg.discount)
             advantages = togo - self._baseline(togo, paid, batch)
-        if self.cfg.group_std:
+        if self.cfg.group_std and self.cfg.rewards != "process":
             outcome = returns.outcomes(paid, mask)
             advantages = returns.divide_by_group_std(
                 advantages, outcome, mask, batch.group_index, self.cfg.group_std_epsilon
             )
+        if self.cfg.batch_std:
+            advantages = returns.divide_by_batch_std(advantages, mask)
         if self.cfg.whiten:
             advantages = returns.whiten(advantages, mask)
         limit, tokens = self.cfg.max_advantage, batch.num_loss_tokens
@@ -64,14 +67,17 @@ class Objective:
             Metric("reward/token_mean", float(batch.rewards[mask].mean()), batch.num_loss_tokens),
             Metric("reward/trajectory_mean", float(outcome.mean()), batch.num_trajectories),
         ]
-        given = outcome if cfg.rewards == "outcome" else batch.rewards
+        given = {"outcome": outcome, "none": torch.zeros_like(batch.rewards)}.get(cfg.rewards, batch.rewards)
         paid = given
         if cfg.reward_range is not None:
             paid = given.clamp(*cfg.reward_range)
-            counted = mask.any(dim=1) if cfg.rewards == "outcome" else mask
+            counted = {"outcome": mask.any(dim=1), "process": _steps(batch)}.get(cfg.rewards, mask)
             metrics.append(Metric("reward/clipped_fraction", mean(paid != given, counted)))
         if cfg.rewards == "outcome":
             paid = returns.on_last_action(paid, mask)
+        if cfg.rewards == "process":
+            groups, epsilon = batch.group_index, cfg.group_std_epsilon
+            paid = returns.group_relative_steps(paid, _steps(batch), groups, cfg.group_std, epsilon)
         if cfg.kl == "reward":
             paid = paid - self.kl_coefficient * self._kl(batch.behavior_logprobs, batch)
             if cfg.rewards == "outcome":
@@ -113,6 +119,19 @@ class Objective:
         masked = replace(batch, loss_mask=batch.loss_mask & ~batch.overlong[:, None])
         return masked, [Metric("trajectory/overlong_masked_fraction", float(batch.overlong.float().mean()))]
 
+    def with_guard(self, batch: Batch, advantages: Tensor) -> tuple[Batch, list[Metric]]:
+        """The batch with the tokens that the entropy guard holds, chosen from all of it."""
+        cfg, mask = self.cfg, batch.loss_mask
+        if cfg.entropy_guard == "none" or not mask.any():
+            return batch, []
+        covariance = guards.token_covariance(batch.behavior_logprobs, advantages, mask)
+        band = cfg.guard_band if cfg.entropy_guard == "clip_cov" else (-math.inf, math.inf)
+        guarded = guards.highest(covariance, mask, cfg.guard_fraction, *band)
+        return replace(batch, guarded=guarded), [
+            Metric("guard/covariance", mean(covariance, mask)),
+            Metric("guard/token_fraction", mean(guarded, mask)),
+        ]
+
     def weights(self, batch: Batch) -> Tensor:
         """What each trajectory's token losses are multiplied by, from the whole batch. [B]."""
         return losses.trajectory_weights(self.cfg.aggregation, batch.loss_mask, batch.group_index, self.cfg.loss_length)
@@ -135,6 +154,8 @@ class Objective:
         old = self._proximal(part, output.logprobs, version)
         token_losses, clipped = self._surrogate(part, output.logprobs, advantages, old)
         metrics = [] if clipped is None else [Metric("surrogate/clipped_fraction", mean(clipped, mask), tokens)]
+        if part.guarded is not None:
+            token_losses = self._guarded(part, part.guarded, token_losses, output.logprobs)
         if cfg.importance != "none":
             weights, outside = corrections.importance_weights(
                 output.logprobs if cfg.proximal == "behavior" else old,
@@ -154,6 +175,15 @@ class Objective:
             metrics.append(Metric("kl/policy_reference", mean(kl.detach(), mask), tokens))
         if cfg.entropy_coefficient > 0:
             token_losses = token_losses - cfg.entropy_coefficient * output.entropy
+        if cfg.supervised_min_outcome is not None:
+            imitated = mask & (returns.outcomes(part.rewards, mask) >= cfg.supervised_min_outcome)[:, None]
+            token_losses = token_losses - cfg.supervised_coefficient * output.logprobs.where(imitated, 0.0)
+            metrics.append(Metric("supervised/token_fraction", mean(imitated, mask), tokens))
+        if cfg.distillation != "none":
+            away, rest = self._divergence(part, output)
+            token_losses = token_losses + cfg.distillation_coefficient * away
+            metrics.append(Metric("distillation/divergence", mean(away.detach(), mask), tokens))
+            metrics.append(Metric("distillation/rest_fraction", mean(rest, mask), tokens))
         return token_losses, metrics
 
     def _proximal(self, part: Batch, logprobs: Tensor, version: int) -> Tensor:
@@ -165,6 +195,25 @@ class Objective:
                 return logprobs.detach() if part.old_logprobs is None else part.old_logprobs
             case "interpolated":
                 return corrections.interpolated_logprobs(logprobs, part.behavior_logprobs, version - part.versions)
+
+    def _guarded(self, part: Batch, guarded: Tensor, token_losses: Tensor, logprobs: Tensor) -> Tensor:
+        """The losses with the guard's: guarded tokens lose theirs, or pay for each nat between policy and behaviour."""
+        if self.cfg.entropy_guard == "clip_cov":
+            return token_losses.masked_fill(guarded, 0.0)
+        distance = (logprobs - part.behavior_logprobs).abs()
+        return token_losses + self.cfg.guard_coefficient * distance.where(guarded, 0.0)
+
+    def _divergence(self, part: Batch, output: TokenLogprobs) -> tuple[Tensor, Tensor]:
+        """Distance of policy and reference at each token, and the reference's probability of what it ranks lower. [B, T]."""
+        cfg = self.cfg
+        if part.ref_top_logprobs is None or output.of_others is None:
+            raise ValueError(
+                f"algorithm.distillation = {cfg.distillation!r} needs the reference's likeliest tokens, which the reward did not "
+                "give; use a reward that asks the reference, or set algorithm.distillation = 'none'"
+            )
+        ref = part.ref_top_logprobs
+        away = distillation.divergence(output.of_others, ref, cfg.distillation, cfg.distillation_mixture)
+        return away, (1 - ref.exp().sum(dim=-1)).clamp(min=0.0)
 
     def _surrogate(
         self, part: Batch, logprobs: Tensor, advantages: Tensor, old: Tensor
@@ -182,6 +231,8 @@ class Objective:
                 return surrogates.gspo(logprobs, old, advantages, mask, cfg.clip_low, cfg.clip_high)
             case "cispo":
                 return surrogates.cispo(logprobs, old, advantages, mask, cfg.clip_low, cfg.clip_high)
+            case "soft_gate":
+                return surrogates.soft_gate(logprobs, old, advantages, mask, cfg.gate_positive, cfg.gate_negative)
 
     def adapt_kl(self, batch: Batch) -> list[Metric]:
         """Move the KL coefficient towards `kl_target` after a batch; returns what this batch was charged, and its KL.
@@ -210,6 +261,11 @@ class Objective:
                 "use a reward that asks the reference, or set algorithm.kl = 'none'"
             )
         return batch.ref_logprobs.where(batch.loss_mask, logprobs.detach())
+
+
+def _steps(batch: Batch) -> Tensor:
+    """The sampled tokens that end a step. [B, T]."""
+    return batch.loss_mask if batch.step_ends is None else batch.loss_mask & batch.step_ends
 
 
 def off_policy_metrics(batch: Batch, policy_logprobs: Tensor) -> Iterator[Metric]:

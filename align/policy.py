@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.support import restricted
+
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -22,10 +24,14 @@ class TokenLogprobs:
     Attributes:
         logprobs: [B, T] log-probability of each token given those before it; 0 before `start`.
         entropy: [B, T] entropy in nats of the distribution the token was drawn from; with gradient only on request.
+        of_others: [B, T, K] log-probabilities of other tokens at the same places, or None if none were asked for.
+        outside: [B, T] bool, tokens outside the support of this policy's own truncated distribution; None if nothing truncates.
     """
 
     logprobs: Tensor
     entropy: Tensor
+    of_others: Tensor | None = None
+    outside: Tensor | None = None
 
 
 class Policy:
@@ -103,8 +109,13 @@ class Policy:
         temperature: float = 1.0,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
+        others: Tensor | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> TokenLogprobs:
         """`log softmax(logits / temperature)[token]` in float32, and on request the entropy of the same distribution.
+
+        With `top_k` or `top_p` the distribution is renormalised over the tokens that they keep, and the sampled token.
 
         Args:
             token_ids: [B, T], right-padded; what stands at padding is meaningless and must be masked by the caller.
@@ -112,8 +123,19 @@ class Policy:
             temperature: The sampler's temperature, so that the log-probabilities are those of what sampled.
             with_entropy: Compute the entropy too; it stays 0 otherwise.
             entropy_gradient: Let gradients flow through the entropy, which holds [B, T, V] probabilities until the backward pass.
+            others: [B, T, K] tokens whose log-probabilities are asked for too, under the whole distribution.
+            top_k: The sampler's; 0 for all tokens.
+            top_p: The sampler's; 1 for all tokens.
+
+        Raises:
+            ValueError: If one of `others` is not in the vocabulary.
         """
         logits = self.logits(token_ids, start).float() / temperature
+        of_others = None if others is None else _logprobs_of(logits, others[:, start:], start)
+        outside = None
+        if top_k or top_p < 1:
+            flat, out = restricted(logits.flatten(0, 1), token_ids[:, start:].flatten(), top_k, top_p)
+            logits, outside = flat.view_as(logits), torch.nn.functional.pad(out.view(logits.shape[:2]), (start, 0))
         normalizer = torch.logsumexp(logits, dim=-1)
         chosen = logits.gather(-1, token_ids[:, start:, None]).squeeze(-1) - normalizer
         entropy = torch.zeros_like(normalizer)
@@ -121,7 +143,25 @@ class Policy:
             with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
                 entropy = torch.stack([_entropy(row, z) for row, z in zip(logits, normalizer, strict=True)])
         pad = (start, 0)
-        return TokenLogprobs(torch.nn.functional.pad(chosen, pad), torch.nn.functional.pad(entropy, pad))
+        return TokenLogprobs(
+            torch.nn.functional.pad(chosen, pad), torch.nn.functional.pad(entropy, pad), of_others, outside
+        )
+
+    @torch.no_grad()
+    def top_tokens(self, token_ids: Tensor, num_top: int, start: int = 1) -> tuple[Tensor, Tensor]:
+        """The `num_top` likeliest tokens for each place and their log-probabilities, at temperature 1.
+
+        Args:
+            token_ids: [B, T].
+            num_top: K; 0 for the whole vocabulary.
+            start: First token of interest.
+
+        Returns:
+            Token ids and log-probabilities in float32, likeliest first: [B, T - start, K].
+        """
+        rows = [torch.log_softmax(row.float(), dim=-1) for row in self.logits(token_ids, start)]
+        top = [row.topk(num_top or row.shape[-1], dim=-1) for row in rows]
+        return torch.stack([t.indices for t in top]), torch.stack([t.values for t in top])
 
     @torch.no_grad()
     def sample(
@@ -183,6 +223,17 @@ class Policy:
         if self.compute_dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype])
+
+
+def _logprobs_of(logits: Tensor, others: Tensor, start: int) -> Tensor:
+    """`log softmax(logits)` [B, T - start, V] at the tokens `others` [B, T - start, K]; [B, T, K], 0 before `start`."""
+    if others.numel() and int(others.max()) >= logits.shape[-1]:
+        raise ValueError(
+            f"token {int(others.max())} was asked for, but the vocabulary has {logits.shape[-1]} tokens; "
+            "policy and reference need the same one"
+        )
+    wanted = logits.gather(-1, others) - torch.logsumexp(logits, dim=-1, keepdim=True)
+    return torch.nn.functional.pad(wanted, (0, 0, start, 0))
 
 
 def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:

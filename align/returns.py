@@ -230,6 +230,65 @@ def divide_by_group_std(
     return scaled.to(advantages.dtype).masked_fill(~mask | no_signal[:, None], 0.0)
 
 
+def divide_by_batch_std(advantages: Tensor, mask: Tensor) -> Tensor:
+    """`A_bt / std`, with the unbiased standard deviation over the trajectories of the batch of their first action's advantage.
+
+    For advantages that are constant along a trajectory that is the spread of the trajectories' advantages, each counted once
+    whatever its length (`whiten` counts tokens, and centres). A spread that is only rounding (`std <= 1e-6 * max|A|`) gives
+    exactly 0.
+
+    Returns:
+        [B, T], 0 outside the mask.
+
+    Source: Khatri et al. (2025), The art of scaling reinforcement learning compute for LLMs, section 4 (ScaleRL): the standard
+    deviation of all advantages of the batch (`n - 1` is our choice).
+    """
+    is_first = mask & (mask.long().cumsum(dim=1) == 1)
+    values = advantages[is_first].double()
+    if values.numel() < 2 or values.std() <= 1e-6 * values.abs().max():
+        return torch.zeros_like(advantages)
+    return (advantages.double() / values.std()).to(advantages.dtype).masked_fill(~mask, 0.0)
+
+
+def group_relative_steps(
+    rewards: Tensor, step_ends: Tensor, group_index: Tensor, divide: bool, epsilon: float = 0.0
+) -> Tensor:
+    """Process rewards against those of the group: `(R_bt - mean_g) / (std_g + epsilon)` at step ends, 0 elsewhere.
+
+    Mean and unbiased standard deviation run over the rewards of all steps of all trajectories of the row's group. A group whose
+    spread is only rounding (`std <= 1e-6 * max|R|`), or that has one step, gives exactly 0. The advantage of a token is the sum
+    of what comes at and after it (`reward_to_go`).
+
+    Args:
+        rewards: [B, T].
+        step_ends: [B, T] bool, true for the last token of each step.
+        group_index: [B] integer.
+        divide: Divide by the standard deviation; without it the mean is taken off alone.
+        epsilon: Added to the standard deviation, at least 0.
+
+    Returns:
+        [B, T].
+
+    Source: Shao et al. (2024), DeepSeekMath, section 4.1.3, process supervision (no epsilon there; `n - 1` is our choice).
+    """
+    relative = torch.zeros_like(rewards)
+    if not step_ends.any():
+        return relative
+    groups = group_index[:, None].expand(step_ends.shape)[step_ends]
+    values = rewards[step_ends].double()
+    every = torch.ones_like(values, dtype=torch.bool)[:, None]
+    total, count = _group_sums(values, every, groups)
+    least, largest = _group_extremes(values, every, groups)
+    centred = values - (total / count).clamp(least, largest)
+    if divide:
+        squares, _ = _group_sums(centred.square(), every, groups)
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+        no_signal = (count < 2) | (std <= 1e-6 * torch.maximum(least.abs(), largest.abs()))
+        centred = (centred / torch.where(no_signal, 1.0, std + epsilon)).masked_fill(no_signal, 0.0)
+    relative[step_ends] = centred.to(rewards.dtype)
+    return relative
+
+
 def _group_sums(values: Tensor, mask: Tensor, group_index: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and number of the values [B] of the row's group, over rows with actions; written at every row. [B], [B]."""
     counted = mask.any(dim=1)

@@ -154,6 +154,43 @@ def cispo(
     return -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages.detach() * policy_logprobs, clipped
 
 
+def soft_gate(
+    policy_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    gate_positive: float,
+    gate_negative: float,
+) -> tuple[Tensor, Tensor]:
+    """`-(4 / tau) * sigmoid(tau * (r_t - 1)) * A_t`: the gradient fades as the ratio leaves 1, and never ends at an edge.
+
+    `tau` is `gate_positive` where `A_t > 0`, else `gate_negative`. The gradient is that of `-r_t * A_t` times
+    `4 * p * (1 - p)` with `p = sigmoid(tau * (r_t - 1))`, which is 1 at `r_t = 1`.
+
+    Args:
+        policy_logprobs: [B, T] with gradient.
+        old_logprobs: [B, T].
+        advantages: [B, T]; treated as constants.
+        mask: [B, T] bool.
+        gate_positive: Above 0; larger fades sooner.
+        gate_negative: Above 0.
+
+    Returns:
+        Losses [B, T], and a bool [B, T] of the tokens whose log-ratio hit its bound.
+
+    Raises:
+        ValueError: If a gate is not above 0.
+
+    Source: Gao et al. (2025), Soft Adaptive Policy Optimization (SAPO), with 1.0 and 1.05 there.
+    """
+    if not (gate_positive > 0 and gate_negative > 0):
+        raise ValueError(f"gates are {gate_positive} and {gate_negative}; both must be above 0")
+    log_ratio, hit = _bounded(_log_ratio(policy_logprobs, old_logprobs, mask), mask)
+    advantages = advantages.detach()
+    tau = torch.full_like(log_ratio, gate_negative).masked_fill(advantages > 0, gate_positive)
+    return -torch.sigmoid(tau * (log_ratio.exp() - 1)) * (4 / tau) * advantages, hit
+
+
 def _log_ratio(policy_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return (policy_logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0)
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -154,16 +155,33 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class TopTokens:
+    """The tokens that a distribution ranks highest, for each of the C sampled tokens of a trajectory.
+
+    Attributes:
+        token_ids: [C, K], likeliest first.
+        logprobs: [C, K] their log-probabilities.
+    """
+
+    token_ids: Int32Array
+    logprobs: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRewards:
     """What a Reward gives one trajectory.
 
     Attributes:
         rewards: [T] reward of each token; 0 outside `loss_mask`.
         ref_logprobs: [T] log-probability under the reference, or None if no reference was asked; 0 outside `loss_mask`.
+        ref_top: What the reference ranks highest, or None if that was not asked.
+        step_ends: [T] bool, the last token of each step that a process reward judged; None if every sampled token is a step.
     """
 
     rewards: FloatArray
     ref_logprobs: FloatArray | None = None
+    ref_top: TopTokens | None = None
+    step_ends: BoolArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,3 +197,5 @@ class ScoredGroup:
                 raise ValueError(f"rewards of shape {score.rewards.shape} for {trajectory.token_ids.shape} tokens")
             if not np.isfinite(score.rewards).all():
                 raise ValueError(f"prompt {self.group.ticket.prompt.id!r}: a reward is not finite")
+            if score.step_ends is not None and (score.rewards[~score.step_ends] != 0).any():
+                raise ValueError(f"prompt {self.group.ticket.prompt.id!r}: a token that ends no step has a reward")

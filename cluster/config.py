@@ -115,9 +115,16 @@ class RunConfig(Section):
         num_trajectories = self.run.prompts_per_step * self.run.group_size
         weighted = algorithm.surrogate == "reinforce" or algorithm.proximal != "behavior"
         return [
-            "sampling.top_p and top_k must be 1 and 0: the learner's log-probabilities cover all tokens, and a truncated "
-            "sampler would not match them"
-            if sampling.top_p != 1 or sampling.top_k != 0
+            "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0: the learner renormalises over the tokens that its own "
+            "policy keeps, which is what the sampler kept at equal version only"
+            if sampling.truncates and self.run.max_staleness > 0
+            else None,
+            f"algorithm.distillation = {algorithm.distillation!r} needs sampling.top_p = 1 and top_k = 0: the divergence is that "
+            "of whole distributions"
+            if sampling.truncates and algorithm.distillation != "none"
+            else None,
+            "algorithm.rewards = 'process' needs run.group_size of at least 2: steps are compared within the group"
+            if algorithm.rewards == "process" and self.run.group_size < 2
             else None,
             "algorithm.importance = 'none' needs run.max_staleness = 0; with stale tokens use 'truncated'"
             if self.run.max_staleness > 0 and algorithm.importance == "none" and weighted

@@ -58,7 +58,9 @@ class LearnerActor:
         compute_dtype: "float32" or "bfloat16".
         wire_dtype: Type in which engines take the weights.
         num_steps: Steps of the run.
-        temperature: The sampler's.
+        temperature: The sampler's, as are top_k and top_p.
+        top_k: 0 for all tokens.
+        top_p: 1 for all tokens.
         judge: Name of the evaluation's judge, or None.
         trajectories: Folder for the Parquet files.
         seed: The run's seed.
@@ -76,6 +78,8 @@ class LearnerActor:
         wire_dtype: str,
         num_steps: int,
         temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
         judge: str | None,
         trajectories: Path,
         seed: int,
@@ -96,7 +100,9 @@ class LearnerActor:
                 max_tokens=cfg.max_tokens_per_micro_batch,
                 compute_dtype=compute_dtype,
             )
-        self.learner = Learner(self.policy, algorithm, optimizer, cfg, num_steps, temperature, value_critic)
+        self.learner = Learner(
+            self.policy, algorithm, optimizer, cfg, num_steps, temperature, value_critic, top_k, top_p
+        )
         self.wire = WireWeights(self.policy.named_weights, wire_dtype)
         self.wire_dtype = wire_dtype
         self.sender: Sender | None = None

@@ -259,6 +259,8 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path) -> Any:
             wire_dtype=cfg.engine_dtype,
             num_steps=cfg.run.steps,
             temperature=cfg.sampling.temperature,
+            top_k=cfg.sampling.top_k,
+            top_p=cfg.sampling.top_p,
             judge=cfg.evaluation.judge,
             trajectories=run_dir.resolve() / "trajectories",
             seed=cfg.run.seed,
@@ -274,7 +276,8 @@ def _create_scorer(cfg: RunConfig) -> Any:
         "runtime_env": _environment(cfg.scorer.num_threads),
     }
     model = cfg.reference.model.resolve()
-    return ray.remote(ScorerActor).options(**options).remote(model, cfg.reward, cfg.scorer, cfg.scorer_dtype)
+    num_top = cfg.algorithm.num_top
+    return ray.remote(ScorerActor).options(**options).remote(model, cfg.reward, cfg.scorer, cfg.scorer_dtype, num_top)
 
 
 def _create_rollout(cfg: RunConfig, rank: int) -> Any:

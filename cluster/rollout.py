@@ -29,9 +29,16 @@ class SamplingConfig(BaseModel):
     temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="Divides the logits; the learner uses the same."
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; training needs 1 (all tokens).")
-    top_k: int = Field(0, ge=0, description="Most likely tokens; training needs 0 (all tokens).")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus, of what top_k keeps; 1 for all. Below 1 on-policy only."
+    )
+    top_k: int = Field(0, ge=0, description="Most likely tokens; 0 for all. Above 0 on-policy only.")
     stop_token_ids: tuple[int, ...] = Field((), description="Tokens that end a completion besides the model's own.")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be sampled."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 class RolloutConfig(BaseModel):

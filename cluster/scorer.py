@@ -38,16 +38,24 @@ class ScorerActor:
         reward: alpha and clip.
         cfg: Threads and micro-batches.
         compute_dtype: "float32" or "bfloat16".
+        num_top: The reference's likeliest tokens at each place, for a distillation: how many, 0 for all, None for none.
     """
 
-    def __init__(self, model: Path, reward: ReferenceRewardConfig, cfg: ScorerConfig, compute_dtype: str) -> None:
+    def __init__(
+        self,
+        model: Path,
+        reward: ReferenceRewardConfig,
+        cfg: ScorerConfig,
+        compute_dtype: str,
+        num_top: int | None = None,
+    ) -> None:
         torch.set_num_threads(cfg.num_threads)
         device = "cuda" if cfg.num_gpus else "cpu"
         self.exact = Policy.load(model, device=device)  # float32, for evaluations
         self.reference = self.exact if compute_dtype == "float32" else _in_bfloat16(self.exact)
         if cfg.num_gpus:
             self.exact = self.reference  # one copy: the memory of a GPU is for the engine
-        self.reward = ReferenceReward(self.reference, reward, cfg.max_tokens_per_micro_batch)
+        self.reward = ReferenceReward(self.reference, reward, cfg.max_tokens_per_micro_batch, num_top)
 
     def ready(self) -> None:
         """Returns once the reference is loaded."""

@@ -124,6 +124,78 @@ def clipped_loss(ratio: float, advantage: float, low: float, high: float, dual: 
     return min(value, -dual * advantage) if advantage < 0 else value
 
 
+def soft_gate_loss(ratio: float, advantage: float, positive: float, negative: float) -> float:
+    """`-(4 / tau) sigmoid(tau (r - 1)) A`."""
+    tau = positive if advantage > 0 else negative
+    return -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage
+
+
+def group_relative_steps(
+    rewards: Rows, step_ends: Mask, group_index: Sequence[int], divide: bool, epsilon: float
+) -> list[list[float]]:
+    """Each step's reward less the mean of all steps of its group, over their unbiased standard deviation."""
+    result = [[0.0] * len(row) for row in rewards]
+    for b, ends in enumerate(step_ends):
+        same = [
+            rewards[other][t]
+            for other in range(len(rewards))
+            if group_index[other] == group_index[b]
+            for t in actions(step_ends[other])
+        ]
+        for t in actions(ends):
+            mean = sum(same) / len(same)
+            squares = sum((value - mean) ** 2 for value in same)
+            std = math.sqrt(squares / (len(same) - 1)) if len(same) > 1 else 0.0
+            if not divide:
+                result[b][t] = rewards[b][t] - mean
+            elif std > 1e-6 * max(map(abs, same)):
+                result[b][t] = (rewards[b][t] - mean) / (std + epsilon)
+    return result
+
+
+def covariances(logprobs: Rows, advantages: Rows, mask: Mask) -> list[list[float]]:
+    """`(log mu - mean) (A - mean)` at every action."""
+    cells = [(b, t) for b, row in enumerate(mask) for t in actions(row)]
+    means = [sum(rows[b][t] for b, t in cells) / len(cells) for rows in (logprobs, advantages)]
+    return [
+        [
+            (logprobs[b][t] - means[0]) * (advantages[b][t] - means[1]) if (b, t) in cells else 0.0
+            for t in range(len(row))
+        ]
+        for b, row in enumerate(mask)
+    ]
+
+
+def merged(probabilities: Row, kept: Sequence[int]) -> list[float]:
+    """The probabilities of the kept tokens, and of all others together."""
+    rest = sum(p for v, p in enumerate(probabilities) if v not in kept)
+    return [*(probabilities[v] for v in kept), rest]
+
+
+def divergence(p: Row, q: Row, kind: str, mixture: float) -> float:
+    """KL(p || q), KL(q || p), or `b KL(q || m) + (1 - b) KL(p || m)` with `m = b q + (1 - b) p`."""
+    mean = [mixture * b + (1 - mixture) * a for a, b in zip(p, q, strict=True)]
+    return {
+        "reverse_kl": kl(p, q),
+        "forward_kl": kl(q, p),
+        "jensen_shannon": mixture * kl(q, mean) + (1 - mixture) * kl(p, mean),
+    }[kind]
+
+
+def kept_tokens(logits: Row, top_k: int, top_p: float) -> set[int]:
+    """Top-k, then the smallest set of the likeliest that reaches top_p of what is left."""
+    by_rank = sorted(range(len(logits)), key=lambda v: -logits[v])
+    left = by_rank[:top_k] if top_k else by_rank
+    weights = [math.exp(logits[v] - logits[by_rank[0]]) for v in left]
+    kept, reached = set(), 0.0
+    for token, weight in zip(left, weights, strict=True):
+        if kept and reached >= top_p:
+            break
+        kept.add(token)
+        reached += weight / sum(weights)
+    return kept
+
+
 def sequence_ratio(policy: Row, old: Row, positions: Sequence[int], geometric: bool) -> float:
     """Product of the token ratios of a row, or its n-th root."""
     product = 1.0
@@ -133,8 +205,10 @@ def sequence_ratio(policy: Row, old: Row, positions: Sequence[int], geometric: b
 
 
 def bounded(ratio: float, bound: str, low: float, high: float) -> float:
-    """Moved to the nearest bound, or 0 outside."""
+    """Moved to the nearest bound, or 0 outside; rejected: 1 inside."""
     inside = low <= ratio <= high
+    if bound == "rejected":
+        return float(inside)
     return ratio if inside else 0.0 if bound == "masked" else min(max(ratio, low), high)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.batching import Batch, collate, micro_batches
-from align.types import FinishReason, ScoredGroup, TokenRewards, Trajectory, VersionSpan
+from align.types import FinishReason, ScoredGroup, TokenRewards, TopTokens, Trajectory, VersionSpan
 from tests.trajectories import make_group, make_scored, make_trajectory
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
@@ -45,7 +45,10 @@ def test_collate_puts_every_number_where_it_belongs() -> None:
         "group_index": [0, 0, 1],
         "overlong": [False, True, False],
     }
-    assert {f.name for f in fields(Batch)} == set(expected)
+    by_the_learner = {"old_logprobs", "old_values", "value_targets"}
+    not_asked_for = {"step_ends", "guarded", "ref_top_ids", "ref_top_logprobs"} | by_the_learner
+    assert {f.name for f in fields(Batch)} == set(expected) | not_asked_for
+    assert [getattr(batch, name) for name in sorted(not_asked_for)] == [None] * 7
     for name, values in expected.items():
         actual = getattr(batch, name)
         torch.testing.assert_close(actual, torch.tensor(values, dtype=actual.dtype), rtol=0, atol=0, equal_nan=True)
@@ -68,8 +71,43 @@ def test_rows_are_picked_in_the_order_asked_for_and_cut_to_the_longest() -> None
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
-    moved = collate(two_groups()).to("meta")
+    batch = with_likeliest_tokens()
+    numbers = dict.fromkeys(("old_logprobs", "old_values", "value_targets"), batch.rewards)
+    moved = dataclasses.replace(batch, guarded=batch.loss_mask, **numbers).to("meta")
     assert {getattr(moved, f.name).device.type for f in fields(Batch)} == {"meta"}
+
+
+def with_likeliest_tokens() -> Batch:
+    """A trajectory of one step in two tokens, and one of one token without steps; two likeliest tokens each."""
+    group = make_group([make_trajectory([10, 11], [12, 13]), make_trajectory([10], [14])])
+    tops = [
+        TopTokens(np.array([[5, 6], [7, 8]], np.int32), np.array([[-1, -2], [-3, -4]], np.float32)),
+        TopTokens(np.array([[9, 5]], np.int32), np.array([[-5, -6]], np.float32)),
+    ]
+    first = TokenRewards(np.array([0, 0, 0, 2], np.float32), None, tops[0], np.array([False, False, False, True]))
+    return collate([ScoredGroup(group, (first, TokenRewards(np.array([0, 3], np.float32), None, tops[1])))])
+
+
+def test_likeliest_tokens_and_step_ends_stand_at_the_tokens_they_are_about() -> None:
+    batch = with_likeliest_tokens()
+    assert batch.ref_top_ids.tolist() == [[[0, 0], [0, 0], [5, 6], [7, 8]], [[0, 0], [9, 5], [0, 0], [0, 0]]]
+    assert batch.ref_top_logprobs.tolist() == [[[0, 0], [0, 0], [-1, -2], [-3, -4]], [[0, 0], [-5, -6], [0, 0], [0, 0]]]
+    assert batch.step_ends.tolist() == [[False, False, False, True], [False, True, False, False]]
+    assert batch.rows([1]).ref_top_ids.tolist() == [[[0, 0], [9, 5]]]
+
+
+def test_likeliest_tokens_of_some_trajectories_alone_are_refused() -> None:
+    group = make_group([make_trajectory([10], [12]), make_trajectory([10], [14])])
+    top = TopTokens(np.array([[5]], np.int32), np.array([[-1]], np.float32))
+    scores = (TokenRewards(np.zeros(2, np.float32), None, top), TokenRewards(np.zeros(2, np.float32)))
+    with pytest.raises(ValueError, match="1 of 2 trajectories have the reference's likeliest tokens"):
+        collate([ScoredGroup(group, scores)])
+
+
+def test_a_reward_between_the_ends_of_steps_is_refused() -> None:
+    score = TokenRewards(np.array([0, 1, 1], np.float32), step_ends=np.array([False, False, True]))
+    with pytest.raises(ValueError, match="a token that ends no step has a reward"):
+        ScoredGroup(make_group([make_trajectory([10], [12, 13])]), (score,))
 
 
 @given(LENGTHS, st.integers(1, 200))

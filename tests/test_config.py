@@ -94,7 +94,15 @@ def test_an_override_replaces_a_value(override: str, read: Any, value: Any, run_
     assert read(load_config(run_file, [override])) == value
 
 
-NOT_SET = {"reward_range", "max_advantage", "dual_clip", "gae_lambda", "value_clip", "kl_target"}
+NOT_SET = {
+    "reward_range",
+    "max_advantage",
+    "dual_clip",
+    "gae_lambda",
+    "value_clip",
+    "kl_target",
+    "supervised_min_outcome",
+}
 
 
 @pytest.mark.parametrize("name", ["grpo", "cispo"])
@@ -232,8 +240,10 @@ def test_an_override_below_a_value_is_refused(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["sampling.top_p=0.9"], "sampling.top_p and top_k must be 1 and 0"),
-        (["sampling.top_k=50"], "sampling.top_p and top_k must be 1 and 0"),
+        (["sampling.top_p=0.9", "run.max_staleness=1"], "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0"),
+        (["sampling.top_k=50", "run.max_staleness=1"], "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0"),
+        (["sampling.top_k=50", "algorithm.distillation=reverse_kl"], "needs sampling.top_p = 1 and top_k = 0"),
+        (["algorithm.rewards=process"], "algorithm.rewards = 'process' needs run.group_size of at least 2"),
         (["run.max_staleness=1", "algorithm.importance=none"], "'none' needs run.max_staleness = 0"),
         (["algorithm.baseline=group_mean"], "'group_mean' needs run.group_size of at least 2"),
         (["algorithm.name=grpo"], "'group_outcome_mean' needs run.group_size of at least 2"),
@@ -274,6 +284,9 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], exp
         ["algorithm.name=rloo", "run.group_size=2", "run.max_staleness=1"],
         ["algorithm.name=dr_grpo", "run.group_size=2", "algorithm.loss_length=512", "run.max_staleness=1"],
         ["sampling.max_tokens=511"],
+        ["sampling.top_p=0.9", "sampling.top_k=50"],
+        ["algorithm.distillation=reverse_kl", "run.max_staleness=1"],
+        ["algorithm.rewards=process", "run.group_size=2"],
         ["run.seed=2147483647"],
         ["run.group_size=256"],
         ["evaluation.judge=grammatical"],
@@ -285,7 +298,7 @@ def test_the_nearest_values_that_fit_together_are_accepted(overrides: list[str],
 
 
 def test_all_contradictions_are_told_at_once(run_file: Path) -> None:
-    message = refused(run_file, "sampling.top_p=0.9", "algorithm.baseline=group_mean")
+    message = refused(run_file, "sampling.top_p=0.9", "run.max_staleness=1", "algorithm.baseline=group_mean")
     assert "top_p" in message
     assert "group_mean" in message
 

@@ -82,6 +82,8 @@ def test_untruncated_importance_weights_turn_a_behavior_expectation_into_a_polic
     [
         ("token", "truncated", [2.0, 0.5, 3.0], [False, True, True]),
         ("token", "masked", [2.0, 0.0, 0.0], [False, True, True]),
+        ("token", "rejected", [1.0, 0.0, 0.0], [False, True, True]),
+        ("sequence_sum", "rejected", [1.0] * 3, [False] * 3),
         ("sequence_mean", "truncated", [2 ** (1 / 3)] * 3, [False] * 3),
         ("sequence_sum", "truncated", [2.0] * 3, [False] * 3),
         ("sequence_sum", "masked", [2.0] * 3, [False] * 3),
@@ -99,14 +101,18 @@ def test_ratios_2_a_quarter_and_4_by_level_and_bound(
 
 
 @pytest.mark.parametrize("level", ["sequence_mean", "sequence_sum"])
-@pytest.mark.parametrize(("bound", "expected"), [("truncated", 2.0), ("masked", 0.0)])
-def test_a_trajectory_out_of_bounds_counts_all_its_tokens(level: str, bound: str, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("bound", "expected", "other"), [("truncated", 2, 1.5), ("masked", 0, 1.5), ("rejected", 0, 1)]
+)
+def test_a_trajectory_out_of_bounds_counts_all_its_tokens(
+    level: str, bound: str, expected: float, other: float
+) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     policy = torch.tensor([[4.0, 3.0, 99.0], [1.5, 99.0, 99.0]]).log()
     weights, hit = corrections.importance_weights(
         policy, torch.zeros(2, 3), mask, level=level, bound=bound, max_weight=2.0
     )
-    torch.testing.assert_close(weights, torch.tensor([[expected, expected, 1.0], [1.5, 1.0, 1.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[expected, expected, 1.0], [other, 1.0, 1.0]]))
     assert hit.tolist() == [[True, True, False], [False, False, False]]
 
 
@@ -118,7 +124,7 @@ def test_weights_equal_the_oracle_over_ragged_rows(data: st.DataObject) -> None:
     mask = [data.draw(flags) for _ in range(3)]
     tensors = torch.tensor(policy, dtype=torch.float64), torch.tensor(behavior, dtype=torch.float64)
     for level in LEVELS:
-        for bound in ("truncated", "masked"):
+        for bound in ("truncated", "masked", "rejected"):
             actual, hit = corrections.importance_weights(
                 *tensors, torch.tensor(mask), level=level, bound=bound, min_weight=0.61, max_weight=1.37
             )

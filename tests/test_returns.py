@@ -317,3 +317,55 @@ def test_values_outside_the_mask_change_nothing(garbage: float) -> None:
         result = function(dirty)
         assert torch.equal(result, function(values.masked_fill(~mask, 0.0)))
         assert not result[~mask].any()
+
+
+# --- over the batch, and over the steps of a group ---------------------------------------------------------------
+
+
+@given(ragged(), st.lists(st.integers(0, 2), min_size=4, max_size=4), st.booleans(), st.sampled_from([0.0, 1e-4]))
+def test_rewards_of_steps_against_their_group_equal_the_oracle(
+    case: Ragged, groups: list[int], divide: bool, epsilon: float
+) -> None:
+    rewards, ends = case
+    index = groups[: len(rewards)]
+    actual = returns.group_relative_steps(rewards, ends, torch.tensor(index), divide, epsilon)
+    assert_equal(actual, oracle.group_relative_steps(rewards.tolist(), ends.tolist(), index, divide, epsilon))
+
+
+def test_steps_of_1_2_and_6_by_hand_each_counted_once_and_their_advantages_are_sums_of_what_follows() -> None:
+    """The mean is 3, the variance (4 + 1 + 9) / 2 = 7."""
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 2.0], [6.0, 0.0, 0.0, 0.0]])
+    ends, mask = rewards > 0, torch.tensor([[True] * 4, [True, True, False, False]])
+    index = torch.tensor([0, 0])
+    centred = returns.group_relative_steps(rewards, ends, index, divide=False)
+    assert centred.tolist() == [[0, -2, 0, -1], [3, 0, 0, 0]]
+    assert returns.reward_to_go(centred, mask).tolist() == [[-3, -3, -1, -1], [3, 0, 0, 0]]
+    torch.testing.assert_close(returns.group_relative_steps(rewards, ends, index, divide=True), centred / 7**0.5)
+
+
+def test_a_step_of_reward_0_counts_in_the_mean_and_a_token_that_ends_none_does_not() -> None:
+    rewards, ends = torch.tensor([[0.0, 5.0, 1.0]]), torch.tensor([[True, False, True]])
+    assert returns.group_relative_steps(rewards, ends, torch.tensor([0]), divide=False).tolist() == [[-0.5, 0, 0.5]]
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_of_all_steps_give_exactly_0(divide: bool, dtype: torch.dtype) -> None:
+    rewards, ends = torch.full((6, 1), 0.9, dtype=dtype), torch.ones(6, 1, dtype=torch.bool)
+    assert not returns.group_relative_steps(rewards, ends, torch.zeros(6, dtype=torch.long), divide).any()
+
+
+def test_advantages_over_their_std_in_the_batch_count_each_trajectory_once() -> None:
+    """Trajectories of 1, 1 and 3 tokens with advantages 1, -3 and 2: the mean is 0, the variance 14 / 2."""
+    mask = torch.tensor([[True, False, False], [False, True, False], [True, True, True], [False, False, False]])
+    advantages = torch.tensor([[1.0], [-3.0], [2.0], [99.0]]).expand(4, 3).masked_fill(~mask, 0.0)
+    torch.testing.assert_close(returns.divide_by_batch_std(advantages, mask), advantages.masked_fill(~mask, 0) / 7**0.5)
+    torch.testing.assert_close(
+        returns.divide_by_batch_std(5 * advantages, mask), returns.divide_by_batch_std(advantages, mask)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_advantages_without_a_spread_in_the_batch_are_0(rows: int) -> None:
+    mask = torch.ones(rows, 2, dtype=torch.bool)
+    assert not returns.divide_by_batch_std(torch.full((rows, 2), 0.9), mask).any()

@@ -172,7 +172,9 @@ IMPURE = {
 }
 
 
-@pytest.mark.parametrize("name", ["returns", "surrogates", "corrections", "losses"])
+@pytest.mark.parametrize(
+    "name", ["returns", "surrogates", "corrections", "losses", "guards", "distillation", "support"]
+)
 def test_the_mathematics_takes_tensors_and_numbers_and_calls_no_generator_no_device_and_no_other_rank(
     name: str,
 ) -> None:

@@ -23,6 +23,7 @@ RATIOED: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], dict[str, float]]
     "dual": (surrogates.ppo_clip, {**CLIPS, "dual_clip": 1.5}),
     "gspo": (surrogates.gspo, CLIPS),
     "cispo": (surrogates.cispo, CLIPS),
+    "soft_gate": (surrogates.soft_gate, {"gate_positive": 1.0, "gate_negative": 2.0}),
 }
 
 
@@ -97,6 +98,7 @@ def test_losses_equal_the_loops(seed: int, low: float, high: float, dual: float)
         "ppo_clip": surrogates.ppo_clip(policy, old, advantages, mask, low, high, dual)[0],
         "gspo": surrogates.gspo(policy, old, advantages, mask, low, high)[0],
         "cispo": surrogates.cispo(policy, old, advantages, mask, low, high)[0],
+        "soft_gate": surrogates.soft_gate(policy, old, advantages, mask, dual, 10 * high)[0],
     }
     p, o, a = policy.tolist(), old.tolist(), advantages.tolist()
     for b, mask_row in enumerate(mask.tolist()):
@@ -108,12 +110,13 @@ def test_losses_equal_the_loops(seed: int, low: float, high: float, dual: float)
                 "ppo_clip": oracle.clipped_loss(ratio, a[b][t], low, high, dual),
                 "gspo": oracle.clipped_loss(sequence, a[b][t], low, high),
                 "cispo": -min(max(ratio, 1 - low), 1 + high) * a[b][t] * p[b][t],
+                "soft_gate": oracle.soft_gate_loss(ratio, a[b][t], dual, 10 * high),
             }
             for name, value in expected.items():
                 assert float(results[name][b, t]) == pytest.approx(value, rel=1e-9), name
 
 
-@pytest.mark.parametrize("name", ["importance_weighted", "ppo_clip", "dual", "gspo"])
+@pytest.mark.parametrize("name", ["importance_weighted", "ppo_clip", "dual", "gspo", "soft_gate"])
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_are_those_of_finite_differences(name: str, seed: int) -> None:
     function, settings = RATIOED[name]
@@ -219,6 +222,22 @@ def test_a_log_ratio_beyond_20_is_bounded_counted_and_without_gradient(name: str
 def test_clips_out_of_range_are_refused(function: Callable[..., Any], low: float, high: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         function(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, 3), ALL, low, high)
+
+
+def test_the_gradient_of_the_soft_gate_is_that_of_the_ratio_faded_by_how_far_it_is_from_1() -> None:
+    """`4 p (1 - p)` with `p = sigmoid(tau (r - 1))`: at ratio 1 + log(3) / tau it is 3/4."""
+    tau = math.log(3)
+    policy, old = of_ratios([1.0, 2.0, 2.0])
+    advantages = torch.tensor([[2.0, 2.0, -2.0]], dtype=torch.float64)
+    losses, _ = surrogates.soft_gate(policy, old, advantages, ALL, tau, 1e-6)
+    losses.sum().backward()
+    torch.testing.assert_close(policy.grad, torch.tensor([[-2.0, -2 * 2 * 0.75, 2 * 2.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gates", [(0.0, 1.0), (1.0, -1.0)])
+def test_a_soft_gate_that_is_not_above_0_is_refused(gates: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="both must be above 0"):
+        surrogates.soft_gate(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, 3), ALL, *gates)
 
 
 def test_a_dual_clip_of_1_is_refused() -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from align.batching import micro_batches
 from align.policy import Policy
-from align.types import FloatArray, Group, TokenRewards, Trajectory
+from align.types import FloatArray, Group, TokenRewards, TopTokens, Trajectory
 
 
 class ReferenceRewardConfig(BaseModel):
@@ -44,12 +44,16 @@ class ReferenceReward:
         reference: The frozen policy.
         cfg: alpha and clip.
         max_tokens: Padded tokens per forward pass; does not change the result beyond rounding.
+        num_top: Give the reference's likeliest tokens at each place too: how many, 0 for the whole vocabulary, None for none.
     """
 
-    def __init__(self, reference: Policy, cfg: ReferenceRewardConfig, max_tokens: int) -> None:
+    def __init__(
+        self, reference: Policy, cfg: ReferenceRewardConfig, max_tokens: int, num_top: int | None = None
+    ) -> None:
         self.reference = reference
         self.cfg = cfg
         self.max_tokens = max_tokens
+        self.num_top = num_top
 
     def __call__(self, group: Group) -> tuple[TokenRewards, ...]:
         """See `Reward`."""
@@ -62,7 +66,17 @@ class ReferenceReward:
 
     def _score(self, trajectory: Trajectory, ref_logprobs: FloatArray) -> TokenRewards:
         rewards = token_reward(ref_logprobs, trajectory.behavior_logprobs, self.cfg)
-        return TokenRewards(np.where(trajectory.loss_mask, rewards, np.float32(0)), ref_logprobs)
+        top = None if self.num_top is None else self._top(trajectory, self.num_top)
+        return TokenRewards(np.where(trajectory.loss_mask, rewards, np.float32(0)), ref_logprobs, top)
+
+    def _top(self, trajectory: Trajectory, num_top: int) -> TopTokens:
+        """One trajectory at a time, since a distribution per token is large."""
+        first = int(trajectory.loss_mask.argmax())
+        ids = torch.from_numpy(trajectory.token_ids)[None].to(self.reference.device)
+        token_ids, logprobs = self.reference.top_tokens(ids, num_top, max(first, 1))
+        sampled = torch.from_numpy(trajectory.loss_mask[max(first, 1) :])
+        picked = [tensor[0].cpu()[sampled].numpy() for tensor in (token_ids.int(), logprobs)]
+        return TopTokens(*picked)
 
     @torch.no_grad()
     def _ref_logprobs(self, trajectories: list[Trajectory]) -> list[FloatArray]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from align import losses
 from align.algorithms import AlgorithmConfig
 from align.batching import Batch
+from align.metrics import Metric
 from align.objective import Objective
 from align.policy import TokenLogprobs
 
@@ -187,9 +187,10 @@ def loss_of(
     weights: Tensor | None = None,
     rollout: Tensor | None = None,
     whole: tuple[int, int] | None = None,
+    guarded: Tensor | None = None,
     **parts: Any,
 ) -> dict[str, Tensor]:
-    """Our loss, its gradient by the log-probs, and the share of clipped tokens, under these parts.
+    """Our loss, its gradient by the log-probs, the shares of clipped and rejected tokens, and the guarded ones.
 
     Args:
         mask, logprobs, old, advantages: [B, T].
@@ -198,13 +199,17 @@ def loss_of(
         weights: [B, T] or [B, 1] given importance weights.
         rollout: [B, T] of the sampler, where `old` is a policy between: decoupled PPO.
         whole: Rows and tokens of the whole batch that these rows are part of.
+        guarded: [B, T] tokens that an entropy guard holds in place of those that ours chooses.
         parts: Of the algorithm.
     """
     batch = batch_of(mask, behavior=old, ref=ref)
     if rollout is not None:
-        batch = dataclasses.replace(batch, behavior_logprobs=rollout, old_logprobs=old)
+        batch = replace(batch, behavior_logprobs=rollout, old_logprobs=old)
         parts["proximal"] = "recomputed"
     objective = Objective(AlgorithmConfig(**{"importance": "none", **parts}))
+    batch, _ = objective.with_guard(batch, advantages.expand(mask.shape))
+    if guarded is not None:
+        batch = replace(batch, guarded=guarded)
     leaf = logprobs.clone().requires_grad_()
     output = TokenLogprobs(leaf, torch.zeros_like(leaf) if entropies is None else entropies)
     token_losses, metrics = objective.token_losses(batch, output, advantages.expand(mask.shape))
@@ -213,9 +218,19 @@ def loss_of(
     row_weights = objective.weights(batch) if whole is None else whole_batch_weights(objective, mask, *whole)
     loss = losses.aggregate(token_losses, mask, row_weights)
     loss.backward()
-    clipped = [m.value for m in metrics if m.name == "surrogate/clipped_fraction"]
     assert leaf.grad is not None
-    return {"loss": loss.detach(), "gradient": leaf.grad, "clipped": torch.tensor(clipped or [0.0]).double()[0]}
+    return {
+        "loss": loss.detach(),
+        "gradient": leaf.grad,
+        "clipped": share(metrics, "surrogate/clipped_fraction"),
+        "rejected": share(metrics, "importance/truncated_fraction"),
+        "guarded": torch.zeros_like(mask) if batch.guarded is None else batch.guarded,
+    }
+
+
+def share(metrics: list[Metric], name: str) -> Tensor:
+    """A metric's value, 0 if it is not there."""
+    return torch.tensor(next((m.value for m in metrics if m.name == name), 0.0)).double()
 
 
 def scaled(result: dict[str, Tensor], factor: float) -> dict[str, Tensor]:

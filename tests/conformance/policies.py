@@ -24,12 +24,18 @@ class FixedLogits(nn.Module):
         return SimpleNamespace(logits=self.table[:, logits_to_keep])
 
 
-def output_of(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[TokenLogprobs, Tensor]:
-    """What `Policy` makes of logits [B, T, V] and labels [B, T], and the leaf of the logits."""
+def output_of(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, others: Tensor | None = None
+) -> tuple[TokenLogprobs, Tensor]:
+    """What `Policy` makes of logits [B, T, V], labels [B, T] and other tokens [B, T, K], and the leaf of the logits."""
     model = FixedLogits(logits)
     ids = torch.cat([torch.zeros(len(labels), 1, dtype=torch.long), labels], dim=1)
     output = Policy(model, tokenizer=None).token_logprobs(
-        ids, temperature=temperature, with_entropy=True, entropy_gradient=True
+        ids,
+        temperature=temperature,
+        with_entropy=True,
+        entropy_gradient=True,
+        others=None if others is None else torch.cat([others[:, :1], others], dim=1),
     )
     return output, model.table
 

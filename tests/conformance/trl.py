@@ -38,9 +38,9 @@ AGGREGATION = {
     "cispo": "token_mean",
     "dr_grpo": "constant_length",
     "luspo": "trajectory_mean",
+    "sapo": "trajectory_token_mean",
 }
 OTHER_LOSSES = {
-    "sapo": "SAPO: soft gates instead of a clip",
     "vespo": "VESPO: gamma-shaped weights of the sequence's ratio",
 }
 NOT_OFFERED = {
@@ -77,6 +77,7 @@ def without_counterpart(case: Case) -> str | None:
     reasons = {
         OTHER_LOSSES.get(loss_type, ""): loss_type in OTHER_LOSSES,
         "CISPO with one ratio per sequence": loss_type == "cispo" and by_sequence,
+        "SAPO with one ratio per sequence": loss_type == "sapo" and by_sequence,
         "a cap below 1 would cut on-policy tokens; clip_high cannot be negative": (
             loss_type == "cispo" and params["epsilon_high"] < 1
         ),
@@ -97,6 +98,9 @@ def parts_of(params: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {"aggregation": AGGREGATION[loss_type]}
     if loss_type == "cispo":  # their epsilon_high is the cap itself, and there is no lower bound
         parts |= {"surrogate": "cispo", "clip_low": 1.0, "clip_high": params["epsilon_high"] - 1}
+    elif loss_type == "sapo":
+        gates = {"gate_positive": params["sapo_temperature_pos"], "gate_negative": params["sapo_temperature_neg"]}
+        parts |= {"surrogate": "soft_gate", **gates}
     else:
         surrogate = "ppo_clip" if params["importance_sampling_level"] == "token" else "gspo"
         parts |= {"surrogate": surrogate, "clip_low": params["epsilon"], "clip_high": params["epsilon_high"]}
@@ -261,7 +265,7 @@ def group_relative(case: Case) -> Verdict:
     if "nan" in case.id:
         return NotOffered(MISSING)
     if params["scale_rewards"] == "batch":
-        return NotOffered("centred by group, divided by the standard deviation of the batch's raw rewards")
+        return over_the_batch(case)
     with_std = params["scale_rewards"] == "group"
     ours = by_row(case, baseline="group_outcome_mean", group_std=with_std, group_std_epsilon=1e-4 if with_std else 0.0)
     theirs = case.output("advantages")
@@ -270,6 +274,18 @@ def group_relative(case: Case) -> Verdict:
         return blown_up_rounding(column, ours[:, None], theirs[:, None], 1e-4, slice(0, 6))
     tolerance = FLOAT32 if case.dtype == torch.float32 else EXACT
     return Equal({"advantages": (ours, theirs)}, tolerance)
+
+
+def over_the_batch(case: Case) -> Verdict:
+    tolerance = FLOAT32 if case.dtype == torch.float32 else EXACT
+    ours = by_row(case, baseline="group_outcome_mean", batch_std=True)
+    centred = by_row(case, baseline="group_outcome_mean")
+    return Differs(
+        "divided by the standard deviation of the batch's raw rewards, plus 1e-4; ours is that of the advantages",
+        {"advantages": (ours, case.output("advantages"))},
+        tolerance,
+        {"advantages": centred / (outcome_of(case).double().std() + 1e-4)},
+    )
 
 
 def leave_one_out(case: Case) -> Verdict:
@@ -309,7 +325,10 @@ def masked(case: Case) -> Verdict:
 
 def log_softmax(case: Case) -> Verdict:
     if "topk" in case.id:
-        return NotOffered("log-probabilities of several tokens per position")
+        index = case.input("index").long()
+        output, _ = output_of(shared_logits(case), index[..., 0], others=index)
+        assert output.of_others is not None
+        return Equal({"logprobs": (output.of_others[:, 1:].detach(), case.output("logprob"))}, FLOAT32)
     verdict = logprob_verdict(case)
     if case.params["input_dtype"] != "bf16" or not isinstance(verdict, Equal):
         return verdict

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align import losses, returns
+from align import guards, losses, returns, surrogates
 from tests.conformance import critics, verl_advantages, verl_corrections
 from tests.conformance.departures import straight_through_gradient
 from tests.conformance.peers import (
@@ -18,6 +19,7 @@ from tests.conformance.peers import (
     Differs,
     Equal,
     NotOffered,
+    Pairs,
     Verdict,
     at,
     loss_of,
@@ -26,7 +28,7 @@ from tests.conformance.peers import (
 )
 from tests.conformance.policies import entropy_verdict, logprob_verdict
 from tests.conformance.verl_advantages import KL, NO_ABS
-from tests.conformance.verl_corrections import bounded_weights, importance_parts
+from tests.conformance.verl_corrections import LEVELS, bounded_weights, importance_parts, rejection_band
 
 AGGREGATION = {
     "token-mean": "token_mean",
@@ -43,13 +45,10 @@ NOT_OFFERED = {
     "compute_optimal_token_baseline_advantage": "optimal token baseline: needs sum over v of pi(v)^2",
     "compute_multi_turn_optimal_token_baseline_advantage": "optimal token baseline: needs sum over v of pi(v)^2",
     "compute_gdpo_outcome_advantage": "GDPO: several rewards, each normalised by itself",
-    "compute_policy_loss_sapo": "SAPO: soft gates instead of a clip",
     "compute_policy_loss_geo_mean": "GMPO: geometric mean of clipped ratios",
     "compute_policy_loss_dro": "DRO: quadratic loss on the log-ratio",
     "compute_policy_loss_dppo_tv": "DPPO: tokens masked by a divergence of distributions",
     "compute_policy_loss_dppo_kl": "DPPO: tokens masked by a divergence of distributions",
-    "compute_policy_loss_clip_cov": "Clip-Cov: tokens chosen by covariance",
-    "compute_policy_loss_kl_cov": "KL-Cov: tokens chosen by covariance",
     "calculate_sum_pi_squared_from_logits": "read by the optimal token baseline alone",
     "masked_var": "a step inside whitening; compared there",
 }
@@ -110,8 +109,10 @@ def policy_loss(surrogate: str) -> Callable[[Case], Verdict]:
             parts["clip_high"] = case.params.get("clip_ratio_high", case.params.get("cliprange_high"))
         if surrogate == "ppo_clip":
             parts["dual_clip"] = case.params["clip_ratio_c"]
-        if surrogate == "gspo":
+        if surrogate in ("gspo", "soft_gate"):
             parts["aggregation"] = "trajectory_token_mean"
+        if surrogate == "soft_gate":
+            parts |= {"gate_positive": case.params["tau_pos"], "gate_negative": case.params["tau_neg"]}
         result = loss_of(*arguments(case), weights=given_weights(case), whole=whole, **parts)
         pairs = compared(case, scaled(result, ranks))
         if surrogate == "gspo" and ("/tok" in case.id or given_weights(case) is not None):
@@ -160,14 +161,80 @@ def straight_through(case: Case, result: dict[str, Tensor], parts: dict[str, Any
 
 def bypass(case: Case) -> Verdict:
     correction = case.params["rollout_correction"]
+    if correction["rollout_rs"] == "token_k3":
+        return NotOffered("rejection by k2, k3 or a maximum over tokens")
+    mask, logprobs, old, advantages = arguments(case)
+    parts: dict[str, Any] = {"aggregation": "token_mean"}
     if correction["rollout_rs"] is not None:
-        return NotOffered("rejection without weights: tokens leave the mask and the denominator")
+        low, high = rejection_band(correction["rollout_rs_threshold"])
+        parts |= {"importance": "rejected", "importance_level": LEVELS[correction["rollout_rs"]]}
+        parts |= {"min_importance_weight": low, "max_importance_weight": high, "surrogate": "ppo_clip"}
+        clips = {"clip_low": case.params["clip_ratio_low"], "clip_high": case.params["clip_ratio_high"]}
+        result = loss_of(mask, logprobs, old, advantages, **clips, dual_clip=case.params["clip_ratio_c"], **parts)
+        kept = int(mask.sum()) * (1 - result["rejected"])
+        reason = "what is rejected leaves the denominator, which is then known only after a pass over the whole batch"
+        explained = scaled(result, int(mask.sum()) / float(kept))
+        return Differs(reason, compared(case, result), WITH_EPSILON, explained)
     if correction["loss_type"] == "ppo_clip":
         return policy_loss("ppo_clip")(case)
-    mask, logprobs, old, advantages = arguments(case)
-    parts = {"aggregation": "token_mean", "importance": "truncated", "importance_level": "sequence_sum"}
+    parts |= {"importance": "truncated", "importance_level": "sequence_sum"}
     result = loss_of(mask, logprobs, old, advantages, max_importance_weight=correction["rollout_is_threshold"], **parts)
     return Equal(compared(case, result), WITH_EPSILON)
+
+
+def guarded(guard: str) -> Callable[[Case], Verdict]:
+    """The handler of Clip-Cov or KL-Cov, which take their covariance from the current log-probs."""
+
+    def handler(case: Case) -> Verdict:
+        parts, _, _ = aggregation(case.params)
+        band = (-math.inf, math.inf)
+        if guard == "clip_cov":
+            band = (case.params["clip_cov_lb"], case.params["clip_cov_ub"])
+            parts |= {"surrogate": "ppo_clip", "guard_band": band}
+            parts |= {"clip_low": case.params["clip_ratio_low"], "clip_high": case.params["clip_ratio_high"]}
+        else:
+            parts |= {"surrogate": "importance_weighted", "guard_coefficient": case.params["ppo_kl_coef"]}
+        fraction = case.params[f"{guard}_ratio"]
+        mask, logprobs, old, advantages = arguments(case)
+        weights = given_weights(case)
+        ours = loss_of(
+            mask, logprobs, old, advantages, weights=weights, entropy_guard=guard, guard_fraction=fraction, **parts
+        )
+        pairs = compared(case, ours)
+        if "random" in case.id:
+            return chosen_at_random(case, parts, pairs)
+        covariance = guards.token_covariance(logprobs, advantages, mask)
+        if guard == "clip_cov":
+            clipped = surrogates.ppo_clip(logprobs, old, advantages, mask, parts["clip_low"], parts["clip_high"])[1]
+            covariance = covariance.masked_fill(clipped, -math.inf)
+        theirs = guards.highest(covariance, mask, fraction, *band)
+        explained = loss_of(
+            mask, logprobs, old, advantages, weights=weights, guarded=theirs, entropy_guard=guard, **parts
+        )
+        if torch.equal(theirs, ours["guarded"]):
+            return Equal(pairs, WITH_EPSILON)
+        reason = (
+            "covariances of the current log-probs, which a clip takes tokens out of; ours are those at sampling time"
+        )
+        return Differs(reason, pairs, WITH_EPSILON, {name: explained[name] for name in pairs})
+
+    return handler
+
+
+def chosen_at_random(case: Case, parts: dict[str, Any], pairs: Pairs) -> Verdict:
+    """Clip-Cov where the band holds more tokens than may be guarded: theirs are some of the band, as many as ours."""
+    mask, logprobs, old, advantages = arguments(case)
+    plain = {name: value for name, value in parts.items() if name != "guard_band"}
+    without = loss_of(mask, logprobs, old, advantages, **plain)["gradient"]
+    lost = (case.output("grad_log_prob") == 0) & (without != 0)
+    covariance = guards.token_covariance(logprobs, advantages, mask)[lost]
+    low, high = parts["guard_band"]
+    as_many = round(clip_fraction(case, "") * 57) == int(
+        case.params["clip_cov_ratio"] * 57
+    )  # one has an advantage of 0
+    shown = (as_many, len(covariance) > 0, bool(((covariance > low) & (covariance < high)).all()))
+    reason = "tokens of the band are drawn at random; ours are those of highest covariance in it"
+    return Differs(reason, {"gradient": pairs["gradient"]}, WITH_EPSILON, shown=shown)
 
 
 def corrected_policy_loss(case: Case) -> Verdict:
@@ -262,6 +329,9 @@ HANDLERS: dict[str, Callable[[Case], Verdict]] = {
     "compute_policy_loss": policy_loss("ppo_clip"),
     "compute_policy_loss_gspo": policy_loss("gspo"),
     "compute_policy_loss_cispo": policy_loss("cispo"),
+    "compute_policy_loss_sapo": policy_loss("soft_gate"),
+    "compute_policy_loss_clip_cov": guarded("clip_cov"),
+    "compute_policy_loss_kl_cov": guarded("kl_cov"),
     "compute_policy_loss_gpg": policy_loss("reinforce"),
     "compute_policy_loss_reinforce": policy_loss("reinforce"),
     "compute_policy_loss_bypass_mode": bypass,
