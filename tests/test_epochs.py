@@ -172,7 +172,7 @@ def test_old_logprobs_are_those_before_the_first_step_whatever_the_micro_batches
     with torch.no_grad():
         expected = policy.token_logprobs(batch.token_ids, temperature=0.7).logprobs
     for max_tokens in (10_000, 24, 1):
-        actual = old_logprobs(policy, batch, max_tokens, 0.7)
+        actual = old_logprobs(policy, batch, max_tokens, temperature=0.7)
         torch.testing.assert_close(actual[batch.loss_mask], expected[batch.loss_mask])
         assert not actual.requires_grad
 
