@@ -8,7 +8,13 @@ Why staleness is bounded. Let a group be admitted while actors serve version v, 
 slots released. All other slots in use were admitted before and number at most `(s + 1) * g - 1` (s = max_staleness, g =
 groups_per_step). Takes are oldest first and take g each, so the group is in one of the next s + 1 takes, the last of which
 is made by the learner at version v + s. Its oldest token was sampled at version v or later: staleness is at most s.
-A group that is cancelled and admitted again counts from its new admission, and the groups behind it only move up.
+A group that is cancelled and admitted again counts from its new admission, and the groups behind it only move up. The same
+holds for a group that is filtered: its slot is cancelled, and the group in its place is a new admission at the back.
+
+Why filtering leaves on-policy batches the same whatever the order of completion. Let s = 0 and let tickets be handed out in
+their order, each as it is admitted. While a step's slots fill, a new ticket is admitted only when fewer than g slots are in
+use, so fewer than g of the tickets before it have or may yet turn out to have signal. No ticket beyond the g-th with signal is
+ever admitted, and the step is not taken before that one is there: the batch is the first g tickets that have signal.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from align.types import Prompt, Ticket
 from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights, from_ray, reason
 from cluster.learning import Answer
 from cluster.loop import Rollout
+from cluster.reference import SavedReference
 from cluster.rollout import RolloutConfig
 from cluster.scorer import ScorerConfig
 from cluster.weights import Link
@@ -217,10 +218,21 @@ class ScorerHandle(Handle):
         await self.answer(self.actor.ready.remote(), "start", self.cfg.start_deadline_s)
 
     async def score(self, rollout: Rollout) -> Rollout:
-        """The rollout with its rewards, still behind a reference."""
-        scores, done = self.actor.score.options(num_returns=2).remote(rollout.payload)
-        await self.answer(done, "score", self.cfg.score_deadline_s)
-        return replace(rollout, scores=scores)
+        """The rollout with its outcomes, and its rewards still behind a reference."""
+        scores, summary = self.actor.score.options(num_returns=2).remote(rollout.payload)
+        outcomes = await self.answer(summary, "score", self.cfg.score_deadline_s)
+        return replace(rollout, scores=scores, outcomes=outcomes)
+
+    async def load_reference(self, saved: SavedReference) -> None:
+        """Take another reference. Raises WrongWeights if something else arrived."""
+        loading = self.actor.load_reference.remote(saved.folder)
+        loaded = await self.answer(loading, "load", self.cfg.start_deadline_s)
+        if loaded != saved.fingerprint:
+            raise WrongWeights(
+                f"scorer {self.rank} read a reference with fingerprint {loaded} from {saved.folder}, the learner wrote "
+                f"version {saved.version} with {saved.fingerprint}",
+                "the run folder has to be on storage that the learner and the scorers share",
+            )
 
     async def log_distributions(self, rollouts: Sequence[Rollout]) -> Any:
         """A reference to the whole distributions of the reference model along these rollouts."""
@@ -260,6 +272,19 @@ class ScorerPool:
         self._warn = warn
         self._turn = itertools.count()
         self._replacing = asyncio.Lock()
+        self._reference: SavedReference | None = None
+
+    async def load_reference(self, saved: SavedReference) -> None:
+        """Bring a reference to all scorers; later replacements take it too, before they serve."""
+        async with self._replacing:
+            self._reference = saved
+            await asyncio.gather(*(self._load_or_replace(scorer, saved) for scorer in list(self.scorers)))
+
+    async def _load_or_replace(self, scorer: ScorerHandle, saved: SavedReference) -> None:
+        try:
+            await scorer.load_reference(saved)
+        except ActorLost as error:
+            self.scorers[scorer.rank] = await self._start_again(scorer, error)
 
     async def score(self, rollout: Rollout) -> Rollout:
         """See `ScorerHandle.score`."""
@@ -299,6 +324,8 @@ class ScorerPool:
             fresh = ScorerHandle(self._create(lost.rank), lost.rank, lost.cfg)
             try:
                 await fresh.ready()
+                if self._reference:
+                    await fresh.load_reference(self._reference)
                 return fresh
             except ActorLost as failed:
                 lost, error = fresh, failed
