@@ -51,6 +51,7 @@ class Buffer(Generic[Item]):
         self.num_slots = (max_staleness + 1) * groups_per_step
         self._waiting: list[Slot[Item]] = []  # admitted and not taken, oldest first
         self._num_taken = 0  # taken and not released
+        self._closed = False
         self._changed = asyncio.Event()
 
     @property
@@ -60,7 +61,7 @@ class Buffer(Generic[Item]):
 
     async def reserve(self) -> Slot[Item]:
         """Admit one group; waits until a slot is free, woken by `release` or `cancel`."""
-        await self._until(lambda: self.num_free > 0)
+        await self._until(lambda: self.num_free > 0 and not self._closed)
         slot: Slot[Item] = Slot()
         self._waiting.append(slot)
         return slot
@@ -90,6 +91,10 @@ class Buffer(Generic[Item]):
         assert self._num_taken == self.groups_per_step, "release follows one take"
         self._num_taken = 0
         self._changed.set()
+
+    def close(self) -> None:
+        """Admit nothing more: the last step is trained."""
+        self._closed = True
 
     def _oldest_filled(self) -> bool:
         oldest = self._waiting[: self.groups_per_step]

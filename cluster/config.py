@@ -142,6 +142,10 @@ class RunConfig(Section):
             "still have KL in their advantages; use kl = 'loss' or 'none'"
             if self.filter.drop_without_signal and algorithm.kl == "reward"
             else None,
+            f"filter.max_dropped_batches ({self.filter.max_dropped_batches}) must be above run.max_staleness "
+            f"({self.run.max_staleness}): as many batches are in flight beside the one that is waited for"
+            if self.filter.drop_without_signal and self.filter.max_dropped_batches <= self.run.max_staleness
+            else None,
             f"sampling.max_tokens ({sampling.max_tokens}) leaves no room for a prompt in rollout.max_model_len "
             f"({rollout.max_model_len})"
             if sampling.max_tokens >= rollout.max_model_len

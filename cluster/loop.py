@@ -201,6 +201,8 @@ async def train_loop(run: Run) -> int:
         metrics += await run.fleet.publish(step)
         metrics += await run.reference.refresh(step)
         run.buffer.release()
+        if step == run.last_step:
+            run.buffer.close()
         run.ledger.train(r.ticket.number for r in rollouts)
         metrics += run.filter.end_step((r.ticket, r.outcomes) for r in rollouts)
         published = time.perf_counter()
