@@ -252,7 +252,7 @@ class Scorers:
         self.made: list[FakeActor] = []
         self.warnings: list[str] = []
         self.ready = scripts.get("ready", gives(None))
-        self.score = scripts.get("score", gives(("scores", None)))
+        self.score = scripts.get("score", gives(("scores", (0.5,))))
 
     def create(self, rank: int) -> FakeActor:
         self.made.append(FakeActor(ready=self.ready, score=self.score))
@@ -272,9 +272,9 @@ def test_scorers_take_turns() -> None:
     asked: list[int] = []
 
     def scorer(rank: int) -> FakeActor:
-        async def score(payload: Any) -> tuple[str, None]:
+        async def score(payload: Any) -> tuple[str, tuple[float, ...]]:
             asked.append(rank)
-            return f"scores of {payload} by {rank}", None
+            return f"scores of {payload} by {rank}", (rank / 2,)
 
         return FakeActor(score=score)
 
@@ -283,6 +283,7 @@ def test_scorers_take_turns() -> None:
         scored = [await scorers.score(ROLLOUT) for _ in range(4)]
         assert asked == [0, 1, 2, 0]
         assert [await one.scores for one in scored] == [f"scores of group 5 by {rank}" for rank in (0, 1, 2, 0)]
+        assert [one.outcomes for one in scored] == [(0.0,), (0.5,), (1.0,), (0.0,)]
         assert scored[0].ticket == TICKET
 
     complete(scenario())

@@ -77,9 +77,14 @@ def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) 
     assert emitted <= GLOSSARY.keys()
     of_parts_that_the_demo_does_not_use = {
         "advantage/clipped_fraction",
+        "filter/dropped_failed",
+        "filter/dropped_passed",
+        "filter/pass_rate",
+        "filter/skipped",
         "importance/truncated_fraction",
         "importance/weight_mean",
         "kl/policy_reference",
+        "reference/version",
         "reward/clipped_fraction",
         "surrogate/clipped_fraction",
         "trajectory/overlong_masked_fraction",
