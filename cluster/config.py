@@ -59,7 +59,7 @@ class ReferenceSection(ModelSection):
         0,
         ge=0,
         description="Steps after which the reference takes the policy's weights; 0 = never. Evaluations measure the KL to the "
-        "reference of the moment.",
+        "first reference all the same.",
     )
 
 

@@ -54,11 +54,16 @@ class ScorerActor:
         """Returns once the reference is loaded."""
 
     def load_reference(self, model: Path) -> str:
-        """Take the weights of another model of the same shape; returns the fingerprint of what was read, in float32."""
+        """Score under the weights of another model of the same shape; evaluations stay with those of the first one.
+
+        Returns:
+            The fingerprint of what was read, in float32.
+        """
         fresh = Policy.load(model)
         fingerprint, _ = inspect(fresh.named_weights(), 0)
-        for policy in (self.exact, self.reference):
-            policy.model.load_state_dict(fresh.model.state_dict())
+        if self.exact is self.reference:
+            self.exact = Policy(copy.deepcopy(self.reference.model), self.reference.tokenizer)
+        self.reference.model.load_state_dict(fresh.model.state_dict())
         return fingerprint
 
     def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], tuple[float, ...]]:

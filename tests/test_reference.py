@@ -236,6 +236,7 @@ def test_a_scorer_that_took_the_policy_scores_as_one_that_was_built_from_it(
     random_qwen3(seed=1).save_pretrained(tmp_path / "first")
     learner.policy.tokenizer.save_pretrained(tmp_path / "first")
     scorer = ScorerActor(tmp_path / "first", ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
+    untouched = ScorerActor(tmp_path / "first", ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
     before, _ = scorer.score(group())
     assert scorer.load_reference(folder) == fingerprint
     built = ScorerActor(folder, ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
@@ -244,8 +245,9 @@ def test_a_scorer_that_took_the_policy_scores_as_one_that_was_built_from_it(
         assert np.array_equal(one.rewards, other.rewards)
         assert not np.allclose(one.rewards, old.rewards, atol=1e-3)
     assert outcomes == expected_outcomes == tuple(pytest.approx(float(one.rewards.sum()), rel=1e-6) for one in after)
-    own, other = scorer.log_distributions(group())[0], built.log_distributions(group())[0]
-    assert all(np.array_equal(a, b) for a, b in zip(own, other, strict=True)), "evaluations see it too"
+    assert scorer.load_reference(folder) == fingerprint, "and once more"
+    own, first = scorer.log_distributions(group())[0], untouched.log_distributions(group())[0]
+    assert all(np.array_equal(a, b) for a, b in zip(own, first, strict=True)), "evaluations stay with the first one"
 
 
 @torch.no_grad()
