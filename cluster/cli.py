@@ -83,6 +83,33 @@ def config(
         typer.echo(tomli_w.dumps(resolved(load_config(file, overrides))), nl=False)
 
 
+@app.command(epilog="Example: align plan deploy/runs/demo.toml --cluster deploy/clusters/laptop.toml")
+def plan(
+    file: RunFile,
+    overrides: Overrides = [],  # noqa: B006
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", metavar="FILE", help="A cluster file: say whether the run fits there.")
+    ] = None,
+    rates: Annotated[
+        list[str],
+        typer.Option(
+            "--rate",
+            metavar="NAME=VALUE",
+            help="A measured rate for the estimate of a step: generate and train (tokens per second of one rollout actor "
+            "and of the learner), completion and prompt (mean tokens), publish_s.",
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Print what a run needs: processes, memory, batches, staleness, traffic, disk. Starts nothing, reads no weights."""
+    from cluster.bill import read_rates
+    from cluster.config import load_config
+    from cluster.fit import read_cluster
+    from cluster.plan import plan as write
+
+    machines = read_cluster(cluster).machines() if cluster else []
+    typer.echo(write(load_config(file, overrides), machines, read_rates(rates) if rates else None))
+
+
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]
 
 
