@@ -185,12 +185,7 @@ class LearnerActor:
         """Write the policy as a Hugging Face folder."""
         self.policy.save(directory)
 
-    def export_reference(self, directory: Path) -> str:
-        """The same, for scorers to take as their reference; returns the fingerprint of the weights in float32.
-
-        Raises:
-            TrainingDiverged: If a weight is not finite.
-        """
+    def fingerprint(self) -> str:
+        """Of the weights in float32. Raises TrainingDiverged if one is not finite."""
         fingerprint, _ = inspect(self.policy.named_weights(), self.learner.version)
-        self.export_policy(directory)
         return fingerprint

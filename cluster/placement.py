@@ -18,11 +18,12 @@ import ray
 from align.types import Ticket
 from cluster.config import RunConfig
 from cluster.faults import ResourceError
-from cluster.handles import Deadlines, LearnerHandle, RolloutHandle, ScorerHandle, ScorerPool
+from cluster.handles import Deadlines, LearnerHandle, RolloutHandle
 from cluster.learning import LearnerActor
 from cluster.publication import FleetHandle
 from cluster.rollout import RolloutActor, engine_settings
 from cluster.scorer import ScorerActor
+from cluster.scoring import ScorerHandle, ScorerPool
 from cluster.sinks import Console
 from cluster.weights import Link
 

@@ -118,7 +118,7 @@ class Training:
         self.reference = MovingReference(
             self.folder.path / "reference",
             cfg.reference.refresh_every,
-            lambda folder: self._learner(self.workers.learner.actor.export_reference.remote(folder)),
+            self.workers.learner.export_reference,
             self.workers.scorers.load_reference,
         )
         try:

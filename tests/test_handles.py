@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ import cluster.handles
 from align.metrics import Metric
 from align.types import Prompt, Ticket
 from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDiverged, WrongWeights
-from cluster.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, ScorerHandle, ScorerPool, spend
+from cluster.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
 from cluster.loop import Rollout
 from cluster.rollout import GroupSummary, RolloutConfig
 from cluster.scorer import ScorerConfig
+from cluster.scoring import ScorerHandle, ScorerPool
 
 TICKET = Ticket(5, Prompt("p", "prompt", (1, 2)), (7,))
 ROLLOUT = Rollout(TICKET, oldest_version=3, num_tokens=9, num_stopped=1, payload="group 5")
@@ -240,6 +242,22 @@ def test_a_learner_that_hangs_is_named_with_its_step() -> None:
             await learner(ready=never).ready()
 
     complete(scenario())
+
+
+def test_a_reference_is_written_and_its_fingerprint_comes_back() -> None:
+    written: list[Path] = []
+
+    async def write(folder: Path) -> None:
+        written.append(folder)
+
+    async def scenario() -> None:
+        one = learner(export_policy=write, fingerprint=gives("abc"))
+        assert await one.export_reference(Path("reference")) == "abc"
+        with pytest.raises(ActorLost, match="learner 0 was lost during export of the reference"):
+            await learner(export_policy=fails(DEAD), fingerprint=gives("abc")).export_reference(Path("reference"))
+
+    complete(scenario())
+    assert written == [Path("reference")]
 
 
 # --- scorers ------------------------------------------------------------------------------------------------------

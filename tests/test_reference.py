@@ -232,7 +232,8 @@ def test_a_scorer_that_took_the_policy_scores_as_one_that_was_built_from_it(
 ) -> None:
     learner.policy.model.load_state_dict(random_qwen3(seed=5).state_dict())
     folder = tmp_path / "saved"
-    fingerprint = learner.export_reference(folder)
+    learner.export_policy(folder)
+    fingerprint = learner.fingerprint()
     random_qwen3(seed=1).save_pretrained(tmp_path / "first")
     learner.policy.tokenizer.save_pretrained(tmp_path / "first")
     scorer = ScorerActor(tmp_path / "first", ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
@@ -252,7 +253,8 @@ def test_a_scorer_that_took_the_policy_scores_as_one_that_was_built_from_it(
 
 @torch.no_grad()
 def test_a_reference_of_other_weights_has_another_fingerprint(learner: LearnerActor, tmp_path: Path) -> None:
-    fingerprint = learner.export_reference(tmp_path / "saved")
+    learner.export_policy(tmp_path / "saved")
+    fingerprint = learner.fingerprint()
     torn = Policy.load(tmp_path / "saved")
     next(torn.model.parameters()).view(-1)[0] += 1e-3
     torn.save(tmp_path / "torn")
