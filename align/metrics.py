@@ -71,7 +71,11 @@ GLOSSARY: dict[str, Definition] = {
     "throughput/trained_tokens_per_s": _d("Trained tokens (with prompts) over the time of the update.", "tokens/s"),
     "time/rollout_wait_s": _d("Time the learner waited for groups.", "s", "sum"),
     "time/update_s": _d("Time of the update: gradients and optimizer step.", "s", "sum"),
-    "time/publish_s": _d("Time to publish the weights to every rollout actor, verification included.", "s", "sum"),
+    "time/publish_s": _d(
+        "Time to publish the weights to every rollout actor, verification and a refresh of the reference included.",
+        "s",
+        "sum",
+    ),
     "time/eval_s": _d("Time of the evaluation.", "s", "sum"),
     "time/checkpoint_s": _d("Time to write the checkpoint.", "s", "sum"),
     "time/step_s": _d(

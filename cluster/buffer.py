@@ -12,9 +12,9 @@ A group that is cancelled and admitted again counts from its new admission, and 
 holds for a group that is filtered: its slot is cancelled, and the group in its place is a new admission at the back.
 
 Why filtering leaves on-policy batches the same whatever the order of completion. Let s = 0 and let tickets be handed out in
-their order, each as it is admitted. While a step's slots fill, a new ticket is admitted only when fewer than g slots are in
-use, so fewer than g of the tickets before it have or may yet turn out to have signal. No ticket beyond the g-th with signal is
-ever admitted, and the step is not taken before that one is there: the batch is the first g tickets that have signal.
+their order, those that were given back first. A new ticket is admitted only while fewer than g slots are in use, and every
+ticket before it is filtered or in one of them: fewer than g of those before it have signal. So no ticket beyond the g-th with
+signal is ever admitted, and the step is not taken before g with signal are there: they are the first g of their order.
 """
 
 from __future__ import annotations

@@ -43,9 +43,8 @@ class Filter:
     """Judges groups by the outcomes of their trajectories, and keeps the pass rates of the prompts.
 
     Source: Yu et al. (2025), DAPO, section 3.2: only prompts with `0 < number of right answers < G` are trained, and sampling
-    goes on until the batch is full of them. Departs: outcomes need not be 0 or 1, a group without
-    signal is one whose outcomes are all equal; and each dropped group is replaced by one prompt, where the paper samples
-    batches ahead and puts aside what is over.
+    goes on until the batch is full of them. Departs: outcomes need not be 0 or 1, a group without signal is one whose outcomes
+    are all equal; and a dropped group is replaced by one other prompt, so that nothing is sampled beyond the batch.
 
     Pass rates change at the end of a step only, in the order of tickets, so they do not depend on which group was ready first.
 
