@@ -105,7 +105,11 @@ GLOSSARY: dict[str, Definition] = {
     "throughput/trained_tokens_per_s": _d("Trained tokens (with prompts) over the time of the update.", "tokens/s"),
     "time/rollout_wait_s": _d("Time the learner waited for groups.", "s", "sum"),
     "time/update_s": _d("Time of the update: gradients and optimizer step.", "s", "sum"),
-    "time/publish_s": _d("Time to publish the weights to every rollout actor, verification included.", "s", "sum"),
+    "time/publish_s": _d(
+        "Time to publish the weights to every rollout actor, verification and a refresh of the reference included.",
+        "s",
+        "sum",
+    ),
     "time/eval_s": _d("Time of the evaluation.", "s", "sum"),
     "time/checkpoint_s": _d("Time to write the checkpoint.", "s", "sum"),
     "time/step_s": _d(
@@ -118,13 +122,23 @@ GLOSSARY: dict[str, Definition] = {
         "nats",
         "max",
     ),
-    "ledger/admitted": _d("Prompts admitted so far; equals trained + returned + in flight.", "prompts", "last"),
+    "ledger/admitted": _d(
+        "Prompts admitted so far; equals trained + filtered + returned + in flight.", "prompts", "last"
+    ),
     "ledger/trained": _d(
         "Prompts that were part of an update so far, skipped updates included.",
         "prompts",
         "last",
     ),
+    "ledger/filtered": _d("Prompts whose group was dropped so far, since it had no signal.", "prompts", "last"),
     "ledger/returned": _d("Prompts given back so far because their rollout actor was lost.", "prompts", "last"),
+    "filter/dropped_passed": _d("Groups dropped for the step because all trajectories passed.", "groups", "sum"),
+    "filter/dropped_failed": _d("Groups dropped for the step because all failed alike.", "groups", "sum"),
+    "filter/pass_rate": _d("Mean share of trajectories that passed, over the step's trained and dropped groups."),
+    "filter/skipped": _d("Turns of too easy or too hard prompts skipped so far by the curriculum.", "prompts", "last"),
+    "reference/version": _d(
+        "Policy version whose weights the reference has; 0 is the reference's own.", "version", "last"
+    ),
     "fleet/restarts": _d("Rollout actors replaced so far.", "count", "last"),
     "memory/rss_bytes": _d("Resident memory of all processes of the run on this machine.", "bytes", "max"),
 }

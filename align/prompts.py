@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,7 @@ class PromptStream:
         seed: The run's seed.
         cursor: Number of the next new ticket.
         returned: Numbers of tickets that were given back; they go out first, lowest first.
+        visits: Asked once for every new ticket, whether it goes out; its number is spent either way.
     """
 
     prompts: Sequence[Prompt]
@@ -219,13 +220,17 @@ class PromptStream:
     seed: int
     cursor: int = 0
     returned: deque[int] = field(default_factory=deque)
+    visits: Callable[[Ticket], bool] = lambda _: True
 
     def next(self) -> Ticket:
-        """The next ticket: one that was given back, else a new one."""
+        """The next ticket: one that was given back, else a new one that is to be visited."""
         if self.returned:
             return self.ticket(self.returned.popleft())
-        self.cursor += 1
-        return self.ticket(self.cursor - 1)
+        while True:
+            self.cursor += 1
+            ticket = self.ticket(self.cursor - 1)
+            if self.visits(ticket):
+                return ticket
 
     def give_back(self, tickets: Iterable[Ticket]) -> None:
         """Return tickets that were not rolled out."""

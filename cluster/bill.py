@@ -90,6 +90,7 @@ def _scorer(cfg: RunConfig, model: ModelShape) -> Role:
     scorer = cfg.scorer
     on_gpu = scorer.num_gpus > 0
     copies = 4 + (2 if cfg.scorer_dtype == "bfloat16" and not on_gpu else 0)
+    copies += 8 if cfg.reference.refresh_every else 0
     logits = 4 * scorer.max_tokens_per_micro_batch * model.vocab_size
     total = copies * model.num_parameters + logits
     return Role(
@@ -99,7 +100,8 @@ def _scorer(cfg: RunConfig, model: ModelShape) -> Role:
         scorer.num_gpus,
         4 * model.num_parameters if on_gpu else total,
         total if on_gpu else 0,
-        "the reference in float32 (4 B), on CPU a bfloat16 copy where it computes in it (2 B), logits 4 B x tokens x vocabulary",
+        "the reference in float32 (4 B), on CPU a bfloat16 copy where it computes in it (2 B), where it is "
+        "refreshed the first one and the one being read (8 B), logits 4 B x tokens x vocabulary",
     )
 
 

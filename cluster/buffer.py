@@ -8,7 +8,13 @@ Why staleness is bounded. Let a group be admitted while actors serve version v, 
 slots released. All other slots in use were admitted before and number at most `(s + 1) * g - 1` (s = max_staleness, g =
 groups_per_step). Takes are oldest first and take g each, so the group is in one of the next s + 1 takes, the last of which
 is made by the learner at version v + s. Its oldest token was sampled at version v or later: staleness is at most s.
-A group that is cancelled and admitted again counts from its new admission, and the groups behind it only move up.
+A group that is cancelled and admitted again counts from its new admission, and the groups behind it only move up. The same
+holds for a group that is filtered: its slot is cancelled, and the group in its place is a new admission at the back.
+
+Why filtering leaves on-policy batches the same whatever the order of completion. Let s = 0 and let tickets be handed out in
+their order, those that were given back first. A new ticket is admitted only while fewer than g slots are in use, and every
+ticket before it is filtered or in one of them: fewer than g of those before it have signal. So no ticket beyond the g-th with
+signal is ever admitted, and the step is not taken before g with signal are there: they are the first g of their order.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ class Buffer(Generic[Item]):
         self.num_slots = (max_staleness + 1) * groups_per_step
         self._waiting: list[Slot[Item]] = []  # admitted and not taken, oldest first
         self._num_taken = 0  # taken and not released
+        self._closed = False
         self._changed = asyncio.Event()
 
     @property
@@ -54,7 +61,7 @@ class Buffer(Generic[Item]):
 
     async def reserve(self) -> Slot[Item]:
         """Admit one group; waits until a slot is free, woken by `release` or `cancel`."""
-        await self._until(lambda: self.num_free > 0)
+        await self._until(lambda: self.num_free > 0 and not self._closed)
         slot: Slot[Item] = Slot()
         self._waiting.append(slot)
         return slot
@@ -84,6 +91,10 @@ class Buffer(Generic[Item]):
         assert self._num_taken == self.groups_per_step, "release follows one take"
         self._num_taken = 0
         self._changed.set()
+
+    def close(self) -> None:
+        """Admit nothing more: the last step is trained."""
+        self._closed = True
 
     def _oldest_filled(self) -> bool:
         oldest = self._waiting[: self.groups_per_step]

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cluster.faults import CheckpointError
 from cluster.folder import hash_tree, remove_tree, write_atomically
@@ -21,19 +22,28 @@ class RunState:
     Attributes:
         version: Policy version, the number of optimizer steps that were applied.
         cursor: Number of the next new ticket.
-        leased: Tickets that were handed out and not trained; they go out again first.
+        leased: Tickets that were handed out and neither trained nor filtered; they go out again first.
         num_trained: Tickets trained so far.
+        num_filtered: Tickets filtered so far.
+        filter: From `Filter.state`.
+        reference_version: Policy version of the reference in `reference/`; 0 if it is the run's first one, which is not there.
+        reference_fingerprint: Of its weights.
     """
 
     version: int
     cursor: int
     leased: tuple[int, ...]
     num_trained: int
+    num_filtered: int = 0
+    filter: Mapping[str, Any] = field(default_factory=dict)
+    reference_version: int = 0
+    reference_fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint: `policy/` (a Hugging Face folder), `optimizer.safetensors`, a critic's files, `state.json`."""
+    """A complete checkpoint: `policy/` (a Hugging Face folder), `optimizer.safetensors`, a critic's files, `state.json`, and
+    maybe `reference/`."""
 
     path: Path
     state: RunState

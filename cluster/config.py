@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from align.algorithms import GROUP_BASELINES, AlgorithmConfig
+from align.algorithms import GROUP_BASELINES, OUTCOME_BASELINES, AlgorithmConfig
 from align.critic import CriticConfig
 from align.judges import JUDGES
 from align.learner import LearnerConfig
@@ -19,6 +19,7 @@ from align.optimizer import OptimizerConfig
 from align.prompts import PromptConfig
 from align.rewards.reference import ReferenceRewardConfig
 from cluster.faults import ConfigError
+from cluster.filtering import FilterConfig
 from cluster.processor import native_dtype
 from cluster.rollout import RolloutConfig, SamplingConfig
 from cluster.scorer import ScorerConfig
@@ -50,6 +51,17 @@ class ModelSection(Section):
     """A model folder."""
 
     model: Path = Field(description="Hugging Face folder of a causal language model.")
+
+
+class ReferenceSection(ModelSection):
+    """The reference: its folder, and whether it follows the policy."""
+
+    refresh_every: int = Field(
+        0,
+        ge=0,
+        description="Steps after which the reference takes the policy's weights; 0 = never. Evaluations measure the KL to the "
+        "first reference all the same.",
+    )
 
 
 class EvaluationSection(Section):
@@ -87,10 +99,11 @@ class RunConfig(Section):
 
     run: RunSection
     policy: ModelSection
-    reference: ModelSection
+    reference: ReferenceSection
     prompts: PromptConfig
     reward: ReferenceRewardConfig = ReferenceRewardConfig()
     sampling: SamplingConfig = SamplingConfig()
+    filter: FilterConfig = FilterConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -145,6 +158,18 @@ class RunConfig(Section):
             else None,
             f"algorithm.baseline = {algorithm.baseline!r} needs run.group_size of at least 2"
             if algorithm.baseline in GROUP_BASELINES and self.run.group_size < 2
+            else None,
+            "filter.drop_without_signal needs algorithm.baseline = 'group_outcome_mean' or 'leave_one_out': with another one, "
+            "groups whose outcomes are all equal have advantages that are not 0"
+            if self.filter.drop_without_signal and algorithm.baseline not in OUTCOME_BASELINES
+            else None,
+            "filter.drop_without_signal does not go with algorithm.kl = 'reward': groups whose outcomes are all equal would "
+            "still have KL in their advantages; use kl = 'loss' or 'none'"
+            if self.filter.drop_without_signal and algorithm.kl == "reward"
+            else None,
+            f"filter.max_dropped_batches ({self.filter.max_dropped_batches}) must be above run.max_staleness "
+            f"({self.run.max_staleness}): as many batches are in flight beside the one that is waited for"
+            if self.filter.drop_without_signal and self.filter.max_dropped_batches <= self.run.max_staleness
             else None,
             f"sampling.max_tokens ({sampling.max_tokens}) leaves no room for a prompt in rollout.max_model_len "
             f"({rollout.max_model_len})"

@@ -141,6 +141,13 @@ class StalenessViolation(RunError):
     exit_code = 5
 
 
+class NoSignal(RunError):
+    """So many groups were dropped for one step that the batch will hardly ever be full."""
+
+    code = "NO_SIGNAL"
+    exit_code = 6
+
+
 class TrainingDiverged(RunError):
     """Several updates in a row were not finite."""
 

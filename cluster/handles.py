@@ -6,24 +6,21 @@ Token arrays stay behind Ray's object references: they go from actor to actor, a
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from align.metrics import Metric
-from align.types import Prompt, Ticket
+from align.types import Ticket
 from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights, from_ray, reason
 from cluster.learning import Answer
 from cluster.loop import Rollout
 from cluster.rollout import RolloutConfig
-from cluster.scorer import ScorerConfig
 from cluster.weights import Link
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,110 +195,19 @@ class LearnerHandle(Handle):
         expected = await self.answer(scored, "canary", self.deadlines.save_s)
         return Published(version, num_bytes, expected, fingerprint=fingerprint)
 
+    async def export_reference(self, directory: Path) -> str:
+        """Write the policy as a Hugging Face folder, for the scorers; returns the fingerprint of its weights in float32."""
+        writing = self.actor.export_policy.remote(directory)
+        inspecting = self.actor.fingerprint.remote()
+        await self.answer(writing, "export of the reference", self.deadlines.save_s)
+        fingerprint: str = await self.answer(inspecting, "fingerprint", self.deadlines.save_s)
+        return fingerprint
+
     async def evaluate(self, ref_log_distributions: Any, rollouts: Sequence[Rollout]) -> list[Answer]:
         """Judge what the current policy sampled."""
         reference = self.actor.evaluate.remote(ref_log_distributions, *(r.payload for r in rollouts))
         answers: list[Answer] = await self.answer(reference, "evaluation", self.deadlines.update_s)
         return answers
-
-
-class ScorerHandle(Handle):
-    """One scorer."""
-
-    def __init__(self, actor: Any, rank: int, cfg: ScorerConfig) -> None:
-        super().__init__(actor, "scorer", rank)
-        self.cfg = cfg
-
-    async def ready(self) -> None:
-        """Wait until the reference is loaded."""
-        await self.answer(self.actor.ready.remote(), "start", self.cfg.start_deadline_s)
-
-    async def score(self, rollout: Rollout) -> Rollout:
-        """The rollout with its rewards, still behind a reference."""
-        scores, done = self.actor.score.options(num_returns=2).remote(rollout.payload)
-        await self.answer(done, "score", self.cfg.score_deadline_s)
-        return replace(rollout, scores=scores)
-
-    async def log_distributions(self, rollouts: Sequence[Rollout]) -> Any:
-        """A reference to the whole distributions of the reference model along these rollouts."""
-        method = self.actor.log_distributions.options(num_returns=2)
-        distributions, done = method.remote(*(r.payload for r in rollouts))
-        await self.answer(done, "evaluation", self.cfg.score_deadline_s)
-        return distributions
-
-    async def sample(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[str]:
-        """What the reference itself answers."""
-        answers = self.actor.sample.remote(prompts, max_tokens, seed)
-        texts: list[str] = await self.answer(answers, "sampling", self.cfg.score_deadline_s)
-        return texts
-
-
-class ScorerPool:
-    """All scorers; see `cluster.loop.Scorer`. A lost scorer is replaced and asked again.
-
-    Args:
-        scorers: The handles.
-        create: Makes the Ray actor of a rank.
-        max_restarts: Replacements before the run ends.
-        warn: Told of every replacement.
-    """
-
-    def __init__(
-        self,
-        scorers: list[ScorerHandle],
-        create: Callable[[int], Any],
-        max_restarts: int,
-        warn: Callable[[str], None],
-    ) -> None:
-        self.scorers = scorers
-        self.num_restarts = 0
-        self._create = create
-        self._max_restarts = max_restarts
-        self._warn = warn
-        self._turn = itertools.count()
-        self._replacing = asyncio.Lock()
-
-    async def score(self, rollout: Rollout) -> Rollout:
-        """See `ScorerHandle.score`."""
-        return await self._ask(lambda scorer: scorer.score(rollout))
-
-    async def log_distributions(self, rollouts: Sequence[Rollout]) -> Any:
-        """See `ScorerHandle.log_distributions`."""
-        return await self._ask(lambda scorer: scorer.log_distributions(rollouts))
-
-    async def sample(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[str]:
-        """See `ScorerHandle.sample`."""
-        return await self._ask(lambda scorer: scorer.sample(prompts, max_tokens, seed))
-
-    async def _ask(self, work: Callable[[ScorerHandle], Awaitable[Result]]) -> Result:
-        """Ask the next scorer in turn, and another one if it is lost."""
-        while True:
-            scorer = self.scorers[next(self._turn) % len(self.scorers)]
-            try:
-                return await work(scorer)
-            except ActorLost as error:
-                if error.role != "scorer":
-                    raise
-                await self._replace(scorer, error)
-
-    async def _replace(self, lost: ScorerHandle, error: ActorLost) -> None:
-        async with self._replacing:
-            if self.scorers[lost.rank] is not lost:
-                return  # another group's failure replaced it already
-            self.scorers[lost.rank] = await self._start_again(lost, error)
-
-    async def _start_again(self, lost: ScorerHandle, error: ActorLost) -> ScorerHandle:
-        """Start scorers of the lost one's rank until one is up or the budget is spent."""
-        while True:
-            lost.kill()
-            self.num_restarts = spend(self.num_restarts, self._max_restarts, "scorer.max_restarts", error)
-            self._warn(f"{reason(error)}; replacing it ({self.num_restarts} of {self._max_restarts} restarts)")
-            fresh = ScorerHandle(self._create(lost.rank), lost.rank, lost.cfg)
-            try:
-                await fresh.ready()
-                return fresh
-            except ActorLost as failed:
-                lost, error = fresh, failed
 
 
 def spend(used: int, limit: int, key: str, error: BaseException) -> int:

@@ -38,6 +38,8 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         for folder in critics:
             check_vocabularies(policy, _load_tokenizer(folder), folders[0], folder, "critic")
         _check_context(cfg.rollout.max_model_len, *folders, *critics)
+        if cfg.reference.refresh_every:
+            _check_same_shape(*folders)
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)
         heldout = load_prompts(cfg.evaluation.heldout, policy, room) if cfg.evaluation.heldout else []
@@ -75,6 +77,23 @@ def _check_context(max_model_len: int, *folders: Path) -> None:
         if context is not None and max_model_len > context:
             raise ValueError(
                 f"rollout.max_model_len is {max_model_len}, the model in {folder} takes at most {context} tokens; lower it"
+            )
+
+
+_SHAPE = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
+
+
+def _check_same_shape(policy_folder: Path, reference_folder: Path) -> None:
+    """Raise ValueError if the reference could not take the policy's weights."""
+    own, other = (text_config(folder) for folder in (policy_folder, reference_folder))
+    for name in _SHAPE:
+        if (mine := getattr(own, name, None)) != (its := getattr(other, name, None)):
+            raise ValueError(
+                f"reference.refresh_every lets the reference take the policy's weights, but {name} is {mine} in {policy_folder} "
+                f"and {its} in {reference_folder}; take models of one shape, or set it to 0"
             )
 
 

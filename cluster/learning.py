@@ -203,3 +203,8 @@ class LearnerActor:
     def export_policy(self, directory: Path) -> None:
         """Write the policy as a Hugging Face folder."""
         self.policy.save(directory)
+
+    def fingerprint(self) -> str:
+        """Of the weights in float32. Raises TrainingDiverged if one is not finite."""
+        fingerprint, _ = inspect(self.policy.named_weights(), self.learner.version)
+        return fingerprint

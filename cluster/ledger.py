@@ -1,4 +1,4 @@
-"""Which prompt went where. At any moment: admitted = trained + returned + in flight."""
+"""Which prompt went where. At any moment: admitted = trained + filtered + returned + in flight."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ class Ledger:
 
     Args:
         trained: Tickets trained before this process began (after a resume).
+        filtered: Tickets filtered before.
     """
 
-    def __init__(self, trained: int = 0) -> None:
-        self.num_admitted = trained
+    def __init__(self, trained: int = 0, filtered: int = 0) -> None:
+        self.num_admitted = trained + filtered
         self.num_trained = trained
+        self.num_filtered = filtered
         self.num_returned = 0
         self.in_flight: set[int] = set()
 
@@ -36,6 +38,11 @@ class Ledger:
         self.in_flight.remove(ticket)
         self.num_returned += 1
 
+    def filter(self, ticket: int) -> None:
+        """The group of a ticket was dropped; the ticket is done."""
+        self.in_flight.remove(ticket)
+        self.num_filtered += 1
+
     def train(self, tickets: Iterable[int]) -> None:
         """Tickets were part of an update.
 
@@ -48,9 +55,11 @@ class Ledger:
 
     def metrics(self) -> list[Metric]:
         """The counts, after a check that they add up."""
-        assert self.num_admitted == self.num_trained + self.num_returned + len(self.in_flight), "the ledger adds up"
+        done = self.num_trained + self.num_filtered + self.num_returned
+        assert self.num_admitted == done + len(self.in_flight), "the ledger adds up"
         return [
             Metric("ledger/admitted", self.num_admitted),
             Metric("ledger/trained", self.num_trained),
+            Metric("ledger/filtered", self.num_filtered),
             Metric("ledger/returned", self.num_returned),
         ]

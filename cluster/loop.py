@@ -17,12 +17,17 @@ from align.prompts import PromptStream
 from align.types import Ticket
 from cluster.buffer import Buffer
 from cluster.faults import ActorLost, StalenessViolation
+from cluster.filtering import Filter
 from cluster.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A small summary of a group, with an opaque reference to its tokens, which stay out of this process."""
+    """A small summary of a group, with an opaque reference to its tokens, which stay out of this process.
+
+    Attributes:
+        outcomes: Sum of the rewards of each trajectory; known once the group is scored.
+    """
 
     ticket: Ticket
     oldest_version: int
@@ -30,6 +35,7 @@ class Rollout:
     num_stopped: int
     payload: Any
     scores: Any = None
+    outcomes: tuple[float, ...] = ()
 
 
 class RolloutActor(Protocol):
@@ -46,7 +52,7 @@ class Scorer(Protocol):
     """The processes that judge."""
 
     async def score(self, rollout: Rollout) -> Rollout:
-        """The same rollout with its rewards."""
+        """The same rollout with its rewards and outcomes."""
         ...
 
 
@@ -75,6 +81,14 @@ class Learner(Protocol):
         ...
 
 
+class Reference(Protocol):
+    """What the policy is compared with."""
+
+    async def refresh(self, step: int) -> list[Metric]:
+        """Take the policy's weights after this step, if its turn has come."""
+        ...
+
+
 class Observer(Protocol):
     """What happens beside training: logging, evaluation, checkpoints."""
 
@@ -96,7 +110,9 @@ class Run:
     buffer: Buffer[Rollout]
     fleet: Fleet
     scorer: Scorer
+    filter: Filter
     learner: Learner
+    reference: Reference
     observer: Observer
     ledger: Ledger
     max_staleness: int
@@ -151,6 +167,7 @@ async def roll_out(run: Run, actor: RolloutActor) -> None:
     """One group: reserve a slot, take a prompt, roll it out, score it, fill the slot.
 
     Waits for a free slot; `Buffer.release` and `Buffer.cancel` wake it. If anything fails, slot and prompt are given back.
+    A group that the filter drops gives back its slot alone: whoever reserves that takes another prompt.
     """
     slot = await run.buffer.reserve()
     ticket = run.prompts.next()
@@ -162,7 +179,11 @@ async def roll_out(run: Run, actor: RolloutActor) -> None:
         run.ledger.give_back(ticket.number)
         run.buffer.cancel(slot)
         raise
-    run.buffer.fill(slot, rollout)
+    if run.filter.drops(ticket, rollout.outcomes):
+        run.ledger.filter(ticket.number)
+        run.buffer.cancel(slot)
+    else:
+        run.buffer.fill(slot, rollout)
 
 
 async def train_loop(run: Run) -> int:
@@ -178,8 +199,12 @@ async def train_loop(run: Run) -> int:
         metrics += await run.learner.update(rollouts, step)
         updated = time.perf_counter()
         metrics += await run.fleet.publish(step)
+        metrics += await run.reference.refresh(step)
         run.buffer.release()
+        if step == run.last_step:
+            run.buffer.close()
         run.ledger.train(r.ticket.number for r in rollouts)
+        metrics += run.filter.end_step((r.ticket, r.outcomes) for r in rollouts)
         published = time.perf_counter()
         metrics += summarize(rollouts, published - began) + run.ledger.metrics()
         metrics += [

@@ -18,11 +18,12 @@ import ray
 from align.types import Ticket
 from cluster.config import RunConfig
 from cluster.faults import ResourceError
-from cluster.handles import Deadlines, LearnerHandle, RolloutHandle, ScorerHandle, ScorerPool
+from cluster.handles import Deadlines, LearnerHandle, RolloutHandle
 from cluster.learning import LearnerActor
 from cluster.publication import FleetHandle
 from cluster.rollout import RolloutActor, engine_settings
 from cluster.scorer import ScorerActor
+from cluster.scoring import ScorerHandle, ScorerPool
 from cluster.sinks import Console
 from cluster.weights import Link
 
@@ -70,11 +71,12 @@ def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
     """Raise ResourceError if what surely lies in host memory is more than there is.
 
     On CPUs: weights, gradients and Adam's two moments of the learner in float32 (4 x), the weights and the keys and values
-    of every engine, and every copy of the reference, which is taken to be as large as the policy.
+    of every engine, and every copy of the reference, which is taken to be as large as the policy; where it is refreshed, the
+    first one is kept beside the newest.
     """
     learner = 0 if cfg.learner.num_gpus else 4 * weights_bytes
     engine = 0 if cfg.rollout.num_gpus else weights_bytes + (cfg.rollout.kv_cache_bytes or 0)
-    scorer = 0 if cfg.scorer.num_gpus else weights_bytes
+    scorer = 0 if cfg.scorer.num_gpus else weights_bytes * (2 if cfg.reference.refresh_every else 1)
     needed = learner + cfg.rollout.num_actors * engine + cfg.scorer.num_actors * scorer
     if needed > memory_bytes:
         raise ResourceError(

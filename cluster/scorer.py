@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from align.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
-from align.types import FloatArray, Group, Prompt, TokenRewards
+from align.types import FloatArray, Group, Prompt, TokenRewards, Trajectory
+from cluster.weights import inspect
 
 
 class ScorerConfig(BaseModel):
@@ -60,9 +61,24 @@ class ScorerActor:
     def ready(self) -> None:
         """Returns once the reference is loaded."""
 
-    def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], None]:
-        """Rewards of the trajectories of a group, and a None that tells the controller that they are there."""
-        return self.reward(group), None
+    def load_reference(self, model: Path) -> str:
+        """Score under the weights of another model of the same shape; evaluations stay with those of the first one.
+
+        Returns:
+            The fingerprint of what was read, in float32.
+        """
+        fresh = Policy.load(model)
+        fingerprint, _ = inspect(fresh.named_weights(), 0)
+        if self.exact is self.reference:
+            self.exact = Policy(copy.deepcopy(self.reference.model), self.reference.tokenizer)
+        self.reference.model.load_state_dict(fresh.model.state_dict())
+        return fingerprint
+
+    def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], tuple[float, ...]]:
+        """Rewards of the trajectories of a group; and their outcomes, for the controller."""
+        scores = self.reward(group)
+        pairs = zip(group.trajectories, scores, strict=True)
+        return scores, tuple(outcome(trajectory, score) for trajectory, score in pairs)
 
     @torch.no_grad()
     def log_distributions(self, *groups: Group) -> tuple[list[FloatArray], None]:
@@ -79,6 +95,11 @@ class ScorerActor:
         token_ids = [prompt.token_ids for prompt in prompts]
         completions = self.exact.sample(token_ids, max_tokens=max_tokens, temperature=1.0, seed=seed)
         return [self.reference.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+
+
+def outcome(trajectory: Trajectory, score: TokenRewards) -> float:
+    """Sum of the rewards of the sampled tokens, rounded as `align.returns.outcomes` rounds it."""
+    return float(np.float32(score.rewards[trajectory.loss_mask].sum(dtype=np.float64)))
 
 
 def _in_bfloat16(policy: Policy) -> Policy:

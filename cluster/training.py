@@ -18,12 +18,14 @@ from cluster.buffer import Buffer
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.faults import INTERRUPTED
+from cluster.filtering import Filter
 from cluster.folder import RunFolder, resolved, write_atomically
 from cluster.inputs import Inputs
 from cluster.ledger import Ledger
 from cluster.loop import Run, run_loop
 from cluster.memory import MemoryMeter
 from cluster.placement import start_workers
+from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
 from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
 from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
@@ -103,16 +105,28 @@ class Training:
         cfg = self.cfg
         restored = checkpoint.newest(self.folder.path / "checkpoints")
         state = restored.state if restored else checkpoint.RunState(0, 0, (), 0)
+        self.filter = Filter(
+            cfg.filter, cfg.run.prompts_per_step, cfg.run.seed, cfg.algorithm.reward_range, state.filter
+        )
+        leased = deque(sorted(state.leased))
         self.stream = PromptStream(
-            self.inputs.train, cfg.run.group_size, cfg.run.seed, state.cursor, deque(sorted(state.leased))
+            self.inputs.train, cfg.run.group_size, cfg.run.seed, state.cursor, leased, self.filter.visits
         )
         canary = [self.stream.ticket(number) for number in range(cfg.weights.canary_sequences)]
         policy = restored.policy if restored else cfg.policy.model
         self.workers = await start_workers(cfg, self.folder.path, policy, canary, self.console)
+        self.reference = MovingReference(
+            self.folder.path / "reference",
+            cfg.reference.refresh_every,
+            self.workers.learner.export_reference,
+            self.workers.scorers.load_reference,
+        )
         try:
             if restored:
                 self.console.say(f"resuming     after step {state.version}, from {restored.path}")
                 await self._learner(self.workers.learner.actor.restore.remote(restored.path.resolve(), state.version))
+                if state.reference_version:
+                    await self.reference.restore(restored.path, state.reference_version, state.reference_fingerprint)
             return await self._loop(state)
         finally:
             await self.workers.shutdown()
@@ -131,9 +145,11 @@ class Training:
             buffer=Buffer(cfg.run.prompts_per_step, cfg.run.max_staleness),
             fleet=self.workers.fleet,
             scorer=self.workers.scorers,
+            filter=self.filter,
             learner=self.workers.learner,
+            reference=self.reference,
             observer=self,
-            ledger=Ledger(state.num_trained),
+            ledger=Ledger(state.num_trained, state.num_filtered),
             max_staleness=cfg.run.max_staleness,
             first_step=state.version + 1,
             last_step=cfg.run.steps,
@@ -173,12 +189,21 @@ class Training:
         self.sinks.log(step, reduce(metrics))
 
     async def _save(self, step: int) -> None:
-        run = self.run_state
-        leased = (*run.prompts.returned, *sorted(run.ledger.in_flight))
-        state = checkpoint.RunState(step, run.prompts.cursor, tuple(sorted(leased)), run.ledger.num_trained)
+        run, reference = self.run_state, self.reference.saved
+        state = checkpoint.RunState(
+            version=step,
+            cursor=run.prompts.cursor,
+            leased=tuple(sorted([*run.prompts.returned, *run.ledger.in_flight])),
+            num_trained=run.ledger.num_trained,
+            num_filtered=run.ledger.num_filtered,
+            filter=run.filter.state(),
+            reference_version=reference.version if reference else 0,
+            reference_fingerprint=reference.fingerprint if reference else "",
+        )
 
         async def write(directory: Path) -> None:
             await self._learner(self.workers.learner.actor.save.remote(directory.resolve()))
+            await self.reference.copy_into(directory)
 
         await checkpoint.save(self.folder.path / "checkpoints", state, self.cfg.checkpoint.keep, write)
 

@@ -48,6 +48,8 @@ def test_an_engine_over_several_gpus_holds_its_share_on_each() -> None:
 
 def test_a_reference_that_computes_in_bfloat16_on_a_cpu_is_there_twice() -> None:
     sections = {"scorer": {"max_tokens_per_micro_batch": 10}}
+    moving = bill(**CPU, **sections, reference={"refresh_every": 5})["scorer"].host_bytes
+    assert moving - bill(**CPU, **sections)["scorer"].host_bytes == 8 * 1000
     halves = bill(rollout={"dtype": "bfloat16"}, **sections)["scorer"].host_bytes
     assert halves - bill(**CPU, **sections)["scorer"].host_bytes == 2 * 1000
 

@@ -169,6 +169,23 @@ def test_cancelling_the_oldest_group_wakes_a_take_that_waits_for_it() -> None:
     within_deadline(scenario())
 
 
+def test_a_closed_buffer_admits_nothing_more_and_hands_out_what_it_has() -> None:
+    async def scenario() -> None:
+        buffer: Buffer[str] = Buffer(groups_per_step=1, max_staleness=1)
+        slot = await buffer.reserve()
+        buffer.close()
+        waiting = asyncio.ensure_future(buffer.reserve())
+        buffer.fill(slot, "group")
+        assert await buffer.take() == ["group"]
+        buffer.release()
+        await settle()
+        assert buffer.num_free == 2
+        assert not waiting.done()
+        waiting.cancel()
+
+    within_deadline(scenario())
+
+
 def test_a_cancelled_take_takes_nothing() -> None:
     async def scenario() -> None:
         buffer: Buffer[str] = Buffer(groups_per_step=1, max_staleness=0)

@@ -18,7 +18,16 @@ from cluster.folder import hash_tree
 
 
 def state(version: int) -> RunState:
-    return RunState(version, cursor=4 * version, leased=(4 * version - 1, 4 * version - 3), num_trained=2 * version)
+    return RunState(
+        version,
+        cursor=4 * version,
+        leased=(4 * version - 1, 4 * version - 3),
+        num_trained=2 * version,
+        num_filtered=version,
+        filter={"dropped": [[7, "p", 0.0]], "rates": {"p": 1 / 3}, "num_skipped": 2},
+        reference_version=version - 1,
+        reference_fingerprint="abc",
+    )
 
 
 def save(directory: Path, version: int, keep: int = 2) -> Checkpoint:

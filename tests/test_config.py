@@ -234,6 +234,8 @@ def test_an_override_below_a_value_is_refused(run_file: Path) -> None:
     assert "'steps' is a value, not a section" in refused(run_file, "run.steps.x=1")
 
 
+DROPS = ["filter.drop_without_signal=true", "algorithm.name=grpo", "run.group_size=2"]
+
 # --- what does not fit together -----------------------------------------------------------------------------------
 
 
@@ -264,6 +266,15 @@ def test_an_override_below_a_value_is_refused(run_file: Path) -> None:
             "algorithm: aggregation = 'constant_length' needs loss_length",
         ),
         (["algorithm.surrogate=gspo"], "algorithm: surrogate = 'gspo' has the ratio pi/mu in it: importance must be"),
+        (["filter.drop_without_signal=true"], "filter.drop_without_signal needs algorithm.baseline = "),
+        (
+            ["filter.drop_without_signal=true", "algorithm.name=rloo", "run.group_size=2"],
+            "filter.drop_without_signal does not go with algorithm.kl = 'reward'",
+        ),
+        (
+            [*DROPS, "run.max_staleness=2", "filter.max_dropped_batches=2"],
+            "filter.max_dropped_batches (2) must be above run.max_staleness (2)",
+        ),
         (["sampling.max_tokens=512"], "sampling.max_tokens (512) leaves no room for a prompt"),
         (["run.group_size=257"], "run.group_size (257) is above rollout.max_num_seqs (256)"),
         (["evaluation.judge=polite"], "evaluation.judge is 'polite'; there are: grammatical"),
@@ -283,6 +294,8 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], exp
         ["algorithm.baseline=group_mean", "run.group_size=2"],
         ["algorithm.name=rloo", "run.group_size=2", "run.max_staleness=1"],
         ["algorithm.name=dr_grpo", "run.group_size=2", "algorithm.loss_length=512", "run.max_staleness=1"],
+        [*DROPS, "run.max_staleness=2", "filter.max_dropped_batches=3"],
+        ["filter.curriculum={high = 0.9}", "reference.refresh_every=5"],
         ["sampling.max_tokens=511"],
         ["sampling.top_p=0.9", "sampling.top_k=50"],
         ["algorithm.distillation=reverse_kl", "run.max_staleness=1"],

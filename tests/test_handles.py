@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ import cluster.handles
 from align.metrics import Metric
 from align.types import Prompt, Ticket
 from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDiverged, WrongWeights
-from cluster.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, ScorerHandle, ScorerPool, spend
+from cluster.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
 from cluster.loop import Rollout
 from cluster.rollout import GroupSummary, RolloutConfig
 from cluster.scorer import ScorerConfig
+from cluster.scoring import ScorerHandle, ScorerPool
 
 TICKET = Ticket(5, Prompt("p", "prompt", (1, 2)), (7,))
 ROLLOUT = Rollout(TICKET, oldest_version=3, num_tokens=9, num_stopped=1, payload="group 5")
@@ -242,6 +244,22 @@ def test_a_learner_that_hangs_is_named_with_its_step() -> None:
     complete(scenario())
 
 
+def test_a_reference_is_written_and_its_fingerprint_comes_back() -> None:
+    written: list[Path] = []
+
+    async def write(folder: Path) -> None:
+        written.append(folder)
+
+    async def scenario() -> None:
+        one = learner(export_policy=write, fingerprint=gives("abc"))
+        assert await one.export_reference(Path("reference")) == "abc"
+        with pytest.raises(ActorLost, match="learner 0 was lost during export of the reference"):
+            await learner(export_policy=fails(DEAD), fingerprint=gives("abc")).export_reference(Path("reference"))
+
+    complete(scenario())
+    assert written == [Path("reference")]
+
+
 # --- scorers ------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +270,7 @@ class Scorers:
         self.made: list[FakeActor] = []
         self.warnings: list[str] = []
         self.ready = scripts.get("ready", gives(None))
-        self.score = scripts.get("score", gives(("scores", None)))
+        self.score = scripts.get("score", gives(("scores", (0.5,))))
 
     def create(self, rank: int) -> FakeActor:
         self.made.append(FakeActor(ready=self.ready, score=self.score))
@@ -272,9 +290,9 @@ def test_scorers_take_turns() -> None:
     asked: list[int] = []
 
     def scorer(rank: int) -> FakeActor:
-        async def score(payload: Any) -> tuple[str, None]:
+        async def score(payload: Any) -> tuple[str, tuple[float, ...]]:
             asked.append(rank)
-            return f"scores of {payload} by {rank}", None
+            return f"scores of {payload} by {rank}", (rank / 2,)
 
         return FakeActor(score=score)
 
@@ -283,6 +301,7 @@ def test_scorers_take_turns() -> None:
         scored = [await scorers.score(ROLLOUT) for _ in range(4)]
         assert asked == [0, 1, 2, 0]
         assert [await one.scores for one in scored] == [f"scores of group 5 by {rank}" for rank in (0, 1, 2, 0)]
+        assert [one.outcomes for one in scored] == [(0.0,), (0.5,), (1.0,), (0.0,)]
         assert scored[0].ticket == TICKET
 
     complete(scenario())

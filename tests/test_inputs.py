@@ -248,3 +248,24 @@ def test_models_with_other_vocabularies_are_refused(cfg: RunConfig, model_folder
     path.write_text(json.dumps(content), encoding="utf-8")
     message = refused(make_config(model_folder, folder, cfg.prompts.files[0]))
     assert "differ in 2 tokens, e.g. 'a' is 3 and 4" in message
+
+
+def test_a_reference_that_is_to_follow_the_policy_has_its_shape(model_folder: Path, tmp_path: Path) -> None:
+    wider = tmp_path / "wider"
+    shutil.copytree(model_folder, wider)
+    settings = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**settings, "intermediate_size": 64}))
+    train = write_prompts(tmp_path / "train.jsonl", "a cat")
+    load_inputs(make_config(model_folder, wider, train))
+
+    def following(reference: Path) -> RunConfig:
+        return config(
+            policy={"model": model_folder},
+            reference={"model": reference, "refresh_every": 2},
+            prompts={"files": [train]},
+            sampling={"max_tokens": 32},
+            rollout={"max_model_len": 64},
+        )
+
+    load_inputs(following(model_folder))
+    assert f"intermediate_size is 48 in {model_folder} and 64 in {wider}" in refused(following(wider))

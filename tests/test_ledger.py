@@ -15,6 +15,10 @@ def counts(ledger: Ledger) -> tuple[float, float, float]:
     return values["ledger/admitted"], values["ledger/trained"], values["ledger/returned"]
 
 
+def num_filtered(ledger: Ledger) -> float:
+    return reduce(ledger.metrics())["ledger/filtered"]
+
+
 def test_each_fate_is_counted() -> None:
     ledger = Ledger()
     for ticket in (0, 1, 2, 3):
@@ -23,6 +27,8 @@ def test_each_fate_is_counted() -> None:
     ledger.train([0, 3])
     assert counts(ledger) == (4, 2, 1)
     assert ledger.in_flight == {2}
+    ledger.filter(2)
+    assert (counts(ledger), num_filtered(ledger), ledger.in_flight) == ((4, 2, 1), 1, set())
 
 
 def test_a_ticket_that_was_given_back_may_be_admitted_again_and_counts_twice_as_admitted() -> None:
@@ -35,9 +41,9 @@ def test_a_ticket_that_was_given_back_may_be_admitted_again_and_counts_twice_as_
 
 
 def test_a_resumed_ledger_goes_on_counting() -> None:
-    ledger = Ledger(trained=10)
+    ledger = Ledger(trained=10, filtered=3)
     ledger.admit(7)
-    assert counts(ledger) == (11, 10, 0)
+    assert (counts(ledger), num_filtered(ledger)) == ((14, 10, 0), 3)
 
 
 def test_a_ticket_in_flight_is_not_admitted_again() -> None:
@@ -62,6 +68,16 @@ def test_a_ticket_that_is_not_in_flight_is_not_given_back() -> None:
         Ledger().give_back(0)
 
 
+def test_a_ticket_that_is_not_in_flight_is_not_filtered() -> None:
+    ledger = Ledger()
+    with pytest.raises(KeyError):
+        ledger.filter(0)
+    ledger.admit(0)
+    ledger.filter(0)
+    with pytest.raises(KeyError):
+        ledger.train([0])
+
+
 def test_counts_that_do_not_add_up_are_noticed() -> None:
     ledger = Ledger()
     ledger.admit(0)
@@ -70,7 +86,7 @@ def test_counts_that_do_not_add_up_are_noticed() -> None:
         ledger.metrics()
 
 
-@given(st.lists(st.tuples(st.sampled_from(["admit", "give_back", "train"]), st.integers(0, 5)), max_size=60))
+@given(st.lists(st.tuples(st.sampled_from(["admit", "give_back", "filter", "train"]), st.integers(0, 5)), max_size=60))
 def test_the_counts_add_up_after_every_order_of_events(events: list[tuple[str, int]]) -> None:
     ledger = Ledger()
     for event, ticket in events:
@@ -78,4 +94,4 @@ def test_the_counts_add_up_after_every_order_of_events(events: list[tuple[str, i
             continue  # refused, as the tests above show
         ledger.train([ticket]) if event == "train" else getattr(ledger, event)(ticket)
         admitted, trained, returned = counts(ledger)
-        assert admitted == trained + returned + len(ledger.in_flight)
+        assert admitted == trained + num_filtered(ledger) + returned + len(ledger.in_flight)

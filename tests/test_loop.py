@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from align.prompts import PromptStream
 from align.types import Prompt, Ticket
 from cluster.buffer import Buffer
 from cluster.faults import ActorLost, RestartBudgetSpent, StalenessViolation
+from cluster.filtering import Filter, FilterConfig
 from cluster.ledger import Ledger
 from cluster.loop import Rollout, Run, first_error, run_loop
 
@@ -36,6 +37,8 @@ class World:
         hooks: Called in the middle of "rollout", "score", "update", "publish", "replace" and "after_step" with what the
             work is about; may raise or wait.
         reported: Oldest version that is reported for a ticket, where it is not the true one.
+        outcomes: Outcomes of the group of a ticket.
+        reference: Policy version that the scorers' reference has.
         log: What happened, in order.
     """
 
@@ -43,6 +46,8 @@ class World:
     dice: random.Random | None = None
     hooks: dict[str, Callable[[Any], Awaitable[None]]] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
+    outcomes: Callable[[Ticket], tuple[float, ...]] = lambda _: (0.0, 1.0)
+    reference: int = 0
     log: list[tuple[Any, ...]] = field(default_factory=list)
 
     async def work(self, what: str, about: Any) -> None:
@@ -77,7 +82,9 @@ class FakeScorer:
 
     async def score(self, rollout: Rollout) -> Rollout:
         await self.world.work("score", rollout)
-        return replace(rollout, scores=f"scores of {rollout.payload}")
+        self.world.log.append(("score", rollout.ticket.number, self.world.reference))
+        outcomes = self.world.outcomes(rollout.ticket)
+        return replace(rollout, scores=f"scores of {rollout.payload}", outcomes=outcomes)
 
 
 @dataclass
@@ -122,6 +129,19 @@ class FakeLearner:
 
 
 @dataclass
+class FakeReference:
+    world: World
+    every: int
+
+    async def refresh(self, step: int) -> list[Metric]:
+        await self.world.work("refresh", step)
+        if self.every and step % self.every == 0:
+            self.world.reference = step
+            self.world.log.append(("refreshed", step))
+        return []
+
+
+@dataclass
 class FakeObserver:
     world: World
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -155,18 +175,25 @@ def make_run(
     cursor: int = 0,
     leased: Sequence[int] = (),
     num_trained: int = 0,
+    num_filtered: int = 0,
+    filtering: FilterConfig | None = None,
+    filter_state: Mapping[str, Any] | None = None,
+    refresh_every: int = 0,
 ) -> Run:
     buffer = LoggedBuffer(groups_per_step, max_staleness)
     buffer.world = world
     actors = [FakeActor(world, rank, version, max_groups) for rank in range(num_actors)]
+    filter_ = Filter(filtering or FilterConfig(), groups_per_step, 7, state=filter_state)
     return Run(
-        prompts=PromptStream(PROMPTS, GROUP_SIZE, 7, cursor, deque(leased)),
+        prompts=PromptStream(PROMPTS, GROUP_SIZE, 7, cursor, deque(leased), filter_.visits),
         buffer=buffer,
         fleet=FakeFleet(world, actors, version, restarts),
         scorer=FakeScorer(world),
+        filter=filter_,
         learner=FakeLearner(world),
+        reference=FakeReference(world, refresh_every),
         observer=FakeObserver(world),
-        ledger=Ledger(num_trained),
+        ledger=Ledger(num_trained, num_filtered),
         max_staleness=max_staleness,
         first_step=version + 1,
         last_step=steps,

@@ -1,0 +1,135 @@
+"""Dynamic sampling: groups without signal are dropped and replaced; and what their outcomes say about the prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from align.curriculum import CurriculumConfig, PassRates
+from align.metrics import Metric
+from align.types import Ticket
+from cluster.faults import NoSignal
+
+_SPREAD = (
+    1e-6  # of the largest outcome: below it the learner takes outcomes for equal too (returns.divide_by_group_std)
+)
+
+
+class FilterConfig(BaseModel):
+    """Which groups are not trained, and which prompts are visited less."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drop_without_signal: bool = Field(
+        False,
+        description="Drop groups whose trajectories all have the same outcome (their advantages are 0), and roll out other "
+        "prompts in their place until the batch is full.",
+    )
+    max_dropped_batches: int = Field(
+        10, ge=1, description="Groups that may be dropped for one step, in batches; one more ends the run."
+    )
+    pass_mark: float = Field(
+        0.5, allow_inf_nan=False, description="A trajectory passes if its outcome is at least this."
+    )
+    curriculum: CurriculumConfig | None = Field(
+        None, description="Visit prompts less that are too easy or too hard; leave out for none."
+    )
+
+
+class Filter:
+    """Judges groups by the outcomes of their trajectories, and keeps the pass rates of the prompts.
+
+    Source: Yu et al. (2025), DAPO, section 3.2: only prompts with `0 < number of right answers < G` are trained, and sampling
+    goes on until the batch is full of them. Departs: outcomes need not be 0 or 1, a group without signal is one whose outcomes
+    are all equal; and a dropped group is replaced by one other prompt, so that nothing is sampled beyond the batch.
+
+    Pass rates change at the end of a step only, in the order of tickets, so they do not depend on which group was ready first.
+
+    Args:
+        cfg: The settings.
+        groups_per_step: Groups of a batch.
+        seed: The run's seed.
+        outcome_range: [least, largest] outcome that the learner pays, or None.
+        state: From `state`, after a resume.
+    """
+
+    def __init__(
+        self,
+        cfg: FilterConfig,
+        groups_per_step: int,
+        seed: int,
+        outcome_range: tuple[float, float] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        state = state or {"dropped": [], "rates": {}, "num_skipped": 0}
+        self.cfg = cfg
+        self.max_dropped = cfg.max_dropped_batches * groups_per_step
+        self.outcome_range = outcome_range
+        self.num_skipped: int = state["num_skipped"]
+        self._dropped: list[tuple[int, str, float]] = [tuple(one) for one in state["dropped"]]  # since the last step
+        self._pass_rates = PassRates(cfg.curriculum, seed, state["rates"]) if cfg.curriculum else None
+
+    def visits(self, ticket: Ticket) -> bool:
+        """Whether a new ticket is rolled out or skipped; see `align.prompts.PromptStream`."""
+        if self._pass_rates is None or self._pass_rates.visits(ticket):
+            return True
+        self.num_skipped += 1
+        return False
+
+    def drops(self, ticket: Ticket, outcomes: tuple[float, ...]) -> bool:
+        """Whether the group of a ticket is dropped, which is then on record.
+
+        Raises:
+            NoSignal: If that is one more for this step than the limit.
+        """
+        if not self.cfg.drop_without_signal or has_signal(outcomes, self.outcome_range):
+            return False
+        self._dropped.append((ticket.number, ticket.prompt.id, self._pass_rate(outcomes)))
+        if len(self._dropped) > self.max_dropped:
+            easy = sum(rate == 1 for *_, rate in self._dropped)
+            raise NoSignal(
+                f"{len(self._dropped)} groups of one step were without signal ({easy} too easy: all trajectories reach "
+                f"filter.pass_mark; {len(self._dropped) - easy} too hard: none does); the limit is {self.max_dropped}",
+                "take easier or harder prompts, a larger run.group_size, or raise filter.max_dropped_batches",
+            )
+        return True
+
+    def end_step(self, trained: Iterable[tuple[Ticket, tuple[float, ...]]]) -> list[Metric]:
+        """Take up the outcomes of the step's trained and dropped groups."""
+        if not self.cfg.drop_without_signal and self._pass_rates is None:
+            return []
+        kept = [(ticket.number, ticket.prompt.id, self._pass_rate(outcomes)) for ticket, outcomes in trained]
+        dropped, self._dropped = self._dropped, []
+        if self._pass_rates:
+            for _, prompt_id, rate in sorted([*kept, *dropped]):
+                self._pass_rates.update(prompt_id, rate)
+        passed = sum(rate == 1 for *_, rate in dropped)
+        return [
+            Metric("filter/dropped_passed", passed),
+            Metric("filter/dropped_failed", len(dropped) - passed),
+            Metric("filter/skipped", self.num_skipped),
+            *(Metric("filter/pass_rate", rate) for *_, rate in (*kept, *dropped)),
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, ready for JSON."""
+        rates = self._pass_rates.rates if self._pass_rates else {}
+        return {"dropped": [list(one) for one in self._dropped], "rates": dict(rates), "num_skipped": self.num_skipped}
+
+    def _pass_rate(self, outcomes: tuple[float, ...]) -> float:
+        return sum(outcome >= self.cfg.pass_mark for outcome in outcomes) / len(outcomes)
+
+
+def has_signal(outcomes: tuple[float, ...], outcome_range: tuple[float, float] | None) -> bool:
+    """Whether outcomes, cut to the range that the learner pays, differ by more than rounding.
+
+    A group with an outcome that is not finite is no case for a filter: it goes to the learner, which refuses it.
+    """
+    if not all(map(math.isfinite, outcomes)):
+        return True
+    low, high = outcome_range or (-math.inf, math.inf)
+    paid = [min(max(outcome, low), high) for outcome in outcomes]
+    return not max(paid) - min(paid) <= _SPREAD * max(map(abs, paid))

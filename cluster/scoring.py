@@ -1,0 +1,143 @@
+"""Handles on the scorers: every call has a deadline, and a lost scorer is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from align.types import Prompt
+from cluster.faults import ActorLost, WrongWeights, reason
+from cluster.handles import Handle, spend
+from cluster.loop import Rollout
+from cluster.reference import SavedReference
+from cluster.scorer import ScorerConfig
+
+Result = TypeVar("Result")
+
+
+class ScorerHandle(Handle):
+    """One scorer."""
+
+    def __init__(self, actor: Any, rank: int, cfg: ScorerConfig) -> None:
+        super().__init__(actor, "scorer", rank)
+        self.cfg = cfg
+
+    async def ready(self) -> None:
+        """Wait until the reference is loaded."""
+        await self.answer(self.actor.ready.remote(), "start", self.cfg.start_deadline_s)
+
+    async def score(self, rollout: Rollout) -> Rollout:
+        """The rollout with its outcomes, and its rewards still behind a reference."""
+        scores, summary = self.actor.score.options(num_returns=2).remote(rollout.payload)
+        outcomes = await self.answer(summary, "score", self.cfg.score_deadline_s)
+        return replace(rollout, scores=scores, outcomes=outcomes)
+
+    async def load_reference(self, saved: SavedReference) -> None:
+        """Take another reference. Raises WrongWeights if something else arrived."""
+        loading = self.actor.load_reference.remote(saved.folder)
+        loaded = await self.answer(loading, "load", self.cfg.start_deadline_s)
+        if loaded != saved.fingerprint:
+            raise WrongWeights(
+                f"scorer {self.rank} read a reference with fingerprint {loaded} from {saved.folder}, the learner wrote "
+                f"version {saved.version} with {saved.fingerprint}",
+                "the run folder has to be on storage that the learner and the scorers share",
+            )
+
+    async def log_distributions(self, rollouts: Sequence[Rollout]) -> Any:
+        """A reference to the whole distributions of the reference model along these rollouts."""
+        method = self.actor.log_distributions.options(num_returns=2)
+        distributions, done = method.remote(*(r.payload for r in rollouts))
+        await self.answer(done, "evaluation", self.cfg.score_deadline_s)
+        return distributions
+
+    async def sample(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[str]:
+        """What the reference itself answers."""
+        answers = self.actor.sample.remote(prompts, max_tokens, seed)
+        texts: list[str] = await self.answer(answers, "sampling", self.cfg.score_deadline_s)
+        return texts
+
+
+class ScorerPool:
+    """All scorers; see `cluster.loop.Scorer`. A lost scorer is replaced and asked again.
+
+    Args:
+        scorers: The handles.
+        create: Makes the Ray actor of a rank.
+        max_restarts: Replacements before the run ends.
+        warn: Told of every replacement.
+    """
+
+    def __init__(
+        self,
+        scorers: list[ScorerHandle],
+        create: Callable[[int], Any],
+        max_restarts: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.scorers = scorers
+        self.num_restarts = 0
+        self._create = create
+        self._max_restarts = max_restarts
+        self._warn = warn
+        self._turn = itertools.count()
+        self._replacing = asyncio.Lock()
+        self._reference: SavedReference | None = None
+
+    async def load_reference(self, saved: SavedReference) -> None:
+        """Bring a reference to all scorers; later replacements take it too, before they serve."""
+        async with self._replacing:
+            self._reference = saved
+            await asyncio.gather(*(self._load_or_replace(scorer, saved) for scorer in list(self.scorers)))
+
+    async def _load_or_replace(self, scorer: ScorerHandle, saved: SavedReference) -> None:
+        try:
+            await scorer.load_reference(saved)
+        except ActorLost as error:
+            self.scorers[scorer.rank] = await self._start_again(scorer, error)
+
+    async def score(self, rollout: Rollout) -> Rollout:
+        """See `ScorerHandle.score`."""
+        return await self._ask(lambda scorer: scorer.score(rollout))
+
+    async def log_distributions(self, rollouts: Sequence[Rollout]) -> Any:
+        """See `ScorerHandle.log_distributions`."""
+        return await self._ask(lambda scorer: scorer.log_distributions(rollouts))
+
+    async def sample(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[str]:
+        """See `ScorerHandle.sample`."""
+        return await self._ask(lambda scorer: scorer.sample(prompts, max_tokens, seed))
+
+    async def _ask(self, work: Callable[[ScorerHandle], Awaitable[Result]]) -> Result:
+        """Ask the next scorer in turn, and another one if it is lost."""
+        while True:
+            scorer = self.scorers[next(self._turn) % len(self.scorers)]
+            try:
+                return await work(scorer)
+            except ActorLost as error:
+                if error.role != "scorer":
+                    raise
+                await self._replace(scorer, error)
+
+    async def _replace(self, lost: ScorerHandle, error: ActorLost) -> None:
+        async with self._replacing:
+            if self.scorers[lost.rank] is not lost:
+                return  # another group's failure replaced it already
+            self.scorers[lost.rank] = await self._start_again(lost, error)
+
+    async def _start_again(self, lost: ScorerHandle, error: ActorLost) -> ScorerHandle:
+        """Start scorers of the lost one's rank until one is up or the budget is spent."""
+        while True:
+            lost.kill()
+            self.num_restarts = spend(self.num_restarts, self._max_restarts, "scorer.max_restarts", error)
+            self._warn(f"{reason(error)}; replacing it ({self.num_restarts} of {self._max_restarts} restarts)")
+            fresh = ScorerHandle(self._create(lost.rank), lost.rank, lost.cfg)
+            try:
+                await fresh.ready()
+                if self._reference:
+                    await fresh.load_reference(self._reference)
+                return fresh
+            except ActorLost as failed:
+                lost, error = fresh, failed
