@@ -124,7 +124,8 @@ class Training:
         self.evaluator = self._evaluator()
         if not self.samples.begun:
             await self._evaluate(state.version, metrics)
-            await self._reference_samples()
+            if cfg.reference:
+                await self._reference_samples()
             self.samples.mark_begun()
         self.run_state = Run(
             prompts=self.stream,
@@ -194,7 +195,7 @@ class Training:
             name: fixed_tickets(prompts, cfg.evaluation.group_size, seed) for name, prompts in sets.items() if prompts
         }
         bytes_per_group = 4 * self.inputs.vocab_size * cfg.sampling.max_tokens * cfg.evaluation.group_size
-        return Evaluator(tickets, self.workers, bytes_per_group)
+        return Evaluator(tickets, self.workers, bytes_per_group if cfg.reference else None)
 
     async def _reference_samples(self) -> None:
         """Answers of the reference: to all prompts where a judge counts them, else to those that are shown."""

@@ -77,6 +77,8 @@ def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) 
     assert emitted <= GLOSSARY.keys()
     of_parts_that_the_demo_does_not_use = {
         "advantage/clipped_fraction",
+        "eval/heldout/accuracy",
+        "eval/train/accuracy",
         "importance/truncated_fraction",
         "importance/weight_mean",
         "kl/policy_reference",
