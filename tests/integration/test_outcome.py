@@ -76,4 +76,4 @@ def test_without_a_reference_nothing_speaks_of_one_but_the_start(run: tuple[Path
     page = (folder / "report.html").read_text()
     assert "Right answers" in page
     assert "<th>Reference</th>" not in page
-    assert "right answers" in console.split("finished after")[-1]
+    assert "Right answers" in console.split("finished after")[-1]
