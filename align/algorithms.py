@@ -293,6 +293,11 @@ class AlgorithmConfig(BaseModel):
         """How many of the reference's likeliest tokens are needed at each place: 0 for all, None for none."""
         return None if self.distillation == "none" else self.distillation_top_k
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether a term beside the reward asks the reference."""
+        return self.kl != "none" or self.distillation != "none"
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_bundle(cls, data: Any) -> Any:

@@ -146,6 +146,9 @@ GLOSSARY: dict[str, Definition] = {
 for _set in ("heldout", "train"):
     _which = {"heldout": "prompts never trained on", "train": "prompts of the training set"}[_set]
     GLOSSARY[f"eval/{_set}/kl_per_token"] = _d(f"Exact full-vocabulary KL(pi || ref) per token, {_which}.", "nats")
+    GLOSSARY[f"eval/{_set}/accuracy"] = _d(
+        f"Mean verdict, 0 to 1, of the reward's verifier on sampled answers, {_which}."
+    )
     GLOSSARY[f"eval/{_set}/grammatical"] = _d(f"Share of sampled sentences that the parser accepts, {_which}.")
     GLOSSARY[f"eval/{_set}/completion_tokens_mean"] = _d(f"Mean length of a sampled completion, {_which}.", "tokens")
 

@@ -55,12 +55,11 @@ class Policy:
         Raises:
             ValueError: If the folder is missing or holds no causal language model.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         directory = checked_model_directory(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, **_LOCAL)
-        tokenizer = AutoTokenizer.from_pretrained(directory, **_LOCAL)
-        return cls(model.to(device).eval(), tokenizer, compute_dtype)
+        return cls(model.to(device).eval(), load_tokenizer(directory), compute_dtype)
 
     def save(self, directory: Path, dtype: str = "float32") -> None:
         """Write a Hugging Face folder that transformers and vLLM load."""
@@ -247,6 +246,13 @@ def text_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(directory, **_LOCAL).get_text_config()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Hugging Face folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, **_LOCAL)
 
 
 def checked_model_directory(directory: Path | str) -> Path:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from align.tasks import TaskSection, task_rows
 from align.types import Prompt, Ticket
 
 Row = Mapping[str, Any]
@@ -24,7 +25,10 @@ class PromptConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    files: tuple[Path, ...] = Field(min_length=1, description="JSONL, Parquet or CSV files, by their ending.")
+    files: tuple[Path, ...] = Field((), description="JSONL, Parquet or CSV files, by their ending.")
+    tasks: TaskSection | None = Field(
+        None, description="Or questions from a generator: 'sums', or 'reasoning_gym' (an extra) with a dataset's name."
+    )
     column: str = Field(
         "prompt", description="Column with the text, or with chat messages (a list of role and content)."
     )
@@ -35,6 +39,17 @@ class PromptConfig(BaseModel):
         None, description="System prompt, put before chat messages; makes a plain text a chat too."
     )
     chat: bool = Field(False, description="Wrap plain text as one user message through the model's chat template.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptConfig:
+        if bool(self.files) == (self.tasks is not None):
+            raise ValueError("prompts come from files or from tasks: set one of the two")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Where they come from, for a message."""
+        return f"tasks of {self.tasks.generator}" if self.tasks else ", ".join(map(str, self.files))
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -115,7 +130,7 @@ def load_prompts(cfg: PromptConfig, tokenizer: Any, max_prompt_tokens: int) -> l
     """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
-    for place, row in (pair for path in cfg.files for pair in read_rows(path)):
+    for place, row in _rows(cfg):
         prompt = _prompt(place, row, cfg, tokenizer, default_id=f"prompt-{len(prompts)}")
         if len(prompt.token_ids) > max_prompt_tokens:
             raise ValueError(
@@ -127,10 +142,12 @@ def load_prompts(cfg: PromptConfig, tokenizer: Any, max_prompt_tokens: int) -> l
         places[prompt.id] = place
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(
-            f"no prompt in {', '.join(map(str, cfg.files))}: the file is empty; one row per prompt is expected"
-        )
+        raise ValueError(f"no prompt in {cfg.source}: the file is empty; one row per prompt is expected")
     return prompts
+
+
+def _rows(cfg: PromptConfig) -> Iterator[tuple[str, Row]]:
+    return task_rows(cfg.tasks) if cfg.tasks else (pair for path in cfg.files for pair in read_rows(path))
 
 
 def _prompt(place: str, row: Row, cfg: PromptConfig, tokenizer: Any, default_id: str) -> Prompt:

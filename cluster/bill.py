@@ -40,7 +40,7 @@ class Role:
     formula: str
 
 
-def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape) -> list[Role]:
+def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> list[Role]:
     """Controller, learner, rollout actors and scorers of a run; host memory with what a process takes before any model."""
     controller = Role("controller", 1, 0, 0, 0, 0, "the controller, Ray and W&B of one machine")
     found = [controller, _learner(cfg, policy), _rollout(cfg, policy), _scorer(cfg, reference)]
@@ -86,8 +86,11 @@ def _rollout(cfg: RunConfig, model: ModelShape) -> Role:
     )
 
 
-def _scorer(cfg: RunConfig, model: ModelShape) -> Role:
+def _scorer(cfg: RunConfig, model: ModelShape | None) -> Role:
     scorer = cfg.scorer
+    processes = (scorer.num_actors, scorer.num_cpus, scorer.num_gpus)
+    if model is None or cfg.reference is None:
+        return Role("scorer", *processes, 0, 0, "rewards without a reference model")
     on_gpu = scorer.num_gpus > 0
     copies = 4 + (2 if cfg.scorer_dtype == "bfloat16" and not on_gpu else 0)
     copies += 8 if cfg.reference.refresh_every else 0
@@ -95,9 +98,7 @@ def _scorer(cfg: RunConfig, model: ModelShape) -> Role:
     total = copies * model.num_parameters + logits
     return Role(
         "scorer",
-        scorer.num_actors,
-        scorer.num_cpus,
-        scorer.num_gpus,
+        *processes,
         4 * model.num_parameters if on_gpu else total,
         total if on_gpu else 0,
         "the reference in float32 (4 B), on CPU a bfloat16 copy where it computes in it (2 B), where it is "

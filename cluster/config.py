@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,8 @@ from align.judges import JUDGES
 from align.learner import LearnerConfig
 from align.optimizer import OptimizerConfig
 from align.prompts import PromptConfig
+from align.rewards.kinds import RewardSection, kinds_in, reads_reference
+from align.rewards.overlong import OverlongConfig
 from align.rewards.reference import ReferenceRewardConfig
 from cluster.faults import ConfigError
 from cluster.filtering import FilterConfig
@@ -99,9 +101,11 @@ class RunConfig(Section):
 
     run: RunSection
     policy: ModelSection
-    reference: ReferenceSection
+    reference: ReferenceSection | None = Field(
+        None, description="The frozen reference, where reward or KL reads one; evaluations then show the KL to it."
+    )
     prompts: PromptConfig
-    reward: ReferenceRewardConfig = ReferenceRewardConfig()
+    reward: RewardSection = ReferenceRewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     filter: FilterConfig = FilterConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -127,7 +131,17 @@ class RunConfig(Section):
         rollout, sampling, algorithm = self.rollout, self.sampling, self.algorithm
         num_trajectories = self.run.prompts_per_step * self.run.group_size
         weighted = algorithm.surrogate == "reinforce" or algorithm.proximal != "behavior"
+        penalties = [part for part in kinds_in(self.reward) if isinstance(part, OverlongConfig)]
         return [
+            f"a [reference] is needed for {' and '.join(self.reference_readers)}"
+            if self.reference is None and self.reference_readers
+            else None,
+            *(
+                f"reward 'overlong' begins above {p.max_tokens - p.cache_tokens} tokens, which sampling.max_tokens "
+                f"({sampling.max_tokens}) never lets a completion reach"
+                for p in penalties
+                if p.max_tokens - p.cache_tokens >= sampling.max_tokens
+            ),
             "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0: the learner renormalises over the tokens that its own "
             "policy keeps, which is what the sampler kept at equal version only"
             if sampling.truncates and self.run.max_staleness > 0
@@ -189,6 +203,16 @@ class RunConfig(Section):
             if self.weights.transport == "ipc" and (rollout.num_actors, rollout.num_gpus) != (1, 1)
             else None,
         ]
+
+    @property
+    def reference_readers(self) -> list[str]:
+        """What in this run asks the reference at every step; evaluations use one that is there."""
+        readers = {
+            "the reward": reads_reference(self.reward),
+            f"algorithm.kl = {self.algorithm.kl!r}": self.algorithm.kl != "none",
+            f"algorithm.distillation = {self.algorithm.distillation!r}": self.algorithm.distillation != "none",
+        }
+        return [name for name, reads in readers.items() if reads]
 
     @cached_property
     def engine_dtype(self) -> str:
@@ -257,7 +281,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One of pydantic's errors in our words."""
-    place = ".".join(str(part) for part in error["loc"])
+    place = ".".join(_follow(error["loc"])[0])
     match error["type"]:
         case "extra_forbidden":
             return f"unknown key {place!r}{_nearest(error['loc'])}"
@@ -265,21 +289,42 @@ def _explain(error: Any) -> str:
             return f"{place!r} is missing"
         case "value_error":
             return f"{place + ': ' if place else ''}{error['ctx']['error']}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            key, kinds = error["ctx"]["discriminator"].strip("'"), error["ctx"].get("expected_tags")
+            return f"{place}.{key} is one of: {kinds}" if kinds else f"'{place}.{key}' is missing"
     return f"{place}: {error['msg']}, got {error['input']!r}"
 
 
 def _nearest(location: tuple[Any, ...]) -> str:
-    model: Any = RunConfig
-    for part in location[:-1]:
-        field = model.model_fields.get(part)
-        model = field and _section_of(field.annotation)
-        if model is None:
-            return ""
-    names = list(model.model_fields)
+    names = list(dict.fromkeys(name for model in _follow(location[:-1])[1] for name in model.model_fields))
+    if not names:
+        return ""
     close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+def _follow(location: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The keys of one of pydantic's locations, without the names of kinds that it puts between them; and the models there."""
+    keys: list[str] = []
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in location:
+        if chosen := [model for model in models if part in _kinds(model)]:
+            models = chosen
+            continue
+        keys.append(str(part))
+        if isinstance(part, str):
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    return keys, models
+
+
+def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    """The value of the key that tells this model from the others of its section, if there is one."""
+    fields = (model.model_fields.get(key) for key in ("kind", "generator"))
+    return tuple(value for field in fields if field for value in get_args(field.annotation))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

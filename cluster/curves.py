@@ -77,12 +77,14 @@ class Panel:
         curves: (metric, label) of each curve. The position decides the colour, whichever of them exist.
         scale: Vertical axis: "linear" around the values, "zero" from 0 up, "log", or "rate" for shares of 1, shown as
             0 to 100 percent.
+        has_target: whether the value that the reference reaches is drawn too.
     """
 
     title: str
     unit: str
     curves: tuple[tuple[str, str], ...]
     scale: Scale = "linear"
+    has_target: bool = False
 
 
 PANELS = (
@@ -100,6 +102,13 @@ PANELS = (
         "Judged grammatical",
         "share of completions",
         (("eval/heldout/grammatical", "held-out"), ("eval/train/grammatical", "train")),
+        scale="rate",
+        has_target=True,
+    ),
+    Panel(
+        "Right answers",
+        "accuracy by the reward's verifier",
+        (("eval/heldout/accuracy", "held-out"), ("eval/train/accuracy", "train")),
         scale="rate",
     ),
     Panel("Reward per token", "nats", (("reward/token_mean", "mean"),)),
@@ -151,7 +160,7 @@ def draw_panel(panel: Panel, series: Mapping[str, Points], target: float | None 
     Args:
         panel: what to draw.
         series: the points of each metric by name.
-        target: a share to draw as a dashed line across a panel of shares.
+        target: what the reference reaches, a dashed line across a panel that has one.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": panel.title}):
         figure = Figure(figsize=(4.7, 2.0), layout="constrained")
@@ -194,7 +203,7 @@ def _draw(axes: Axes, panel: Panel, series: Mapping[str, Points], target: float 
         marker = "o" if len(values) <= MARKED_POINTS else ""
         axes.plot(list(series[name]), values, color=color, marker=marker, label=label)
         finite += [value for value in values if not math.isnan(value)]
-    if target is not None and panel.scale == "rate":
+    if target is not None and panel.has_target:
         axes.axhline(target, color=TEXT_COLOR[0], linestyle=(0, (4, 3)), linewidth=1, label="reference")
     steps = {step for name, _ in panel.curves for step in series.get(name, {})}
     if len(steps) == 1:

@@ -1,4 +1,4 @@
-"""Evaluations: the current policy answers fixed prompts; exact KL to the reference and a judge's verdict."""
+"""Evaluations: the current policy answers fixed prompts; exact KL to the reference, a judge's verdict, right answers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Evaluator:
     Args:
         sets: Tickets by set name ("heldout", "train").
         workers: The actors.
-        bytes_per_group: Size of the reference's distributions over one completion.
+        bytes_per_group: Size of the reference's distributions over one group; None without a reference.
     """
 
-    def __init__(self, sets: Mapping[str, list[Ticket]], workers: Workers, bytes_per_group: int) -> None:
+    def __init__(self, sets: Mapping[str, list[Ticket]], workers: Workers, bytes_per_group: int | None) -> None:
         self.sets = sets
         self._workers = workers
-        self._chunk = max(1, _DISTRIBUTION_BYTES // bytes_per_group)
+        self._bytes_per_group = bytes_per_group
 
     async def evaluate(self) -> dict[str, list[Answer]]:
         """Answers of every set at the version that the actors serve."""
@@ -46,9 +46,12 @@ class Evaluator:
         fleet = self._workers.fleet
         places = asyncio.Semaphore(sum(actor.max_groups for actor in fleet.actors))
         rollouts = await asyncio.gather(*(_roll_out(fleet, i, ticket, places) for i, ticket in enumerate(tickets)))
+        if self._bytes_per_group is None:
+            return await self._workers.learner.evaluate(None, rollouts)
+        chunk = max(1, _DISTRIBUTION_BYTES // self._bytes_per_group)
         answers: list[Answer] = []
-        for first in range(0, len(rollouts), self._chunk):
-            part = rollouts[first : first + self._chunk]
+        for first in range(0, len(rollouts), chunk):
+            part = rollouts[first : first + chunk]
             distributions = await self._workers.scorers.log_distributions(part)
             answers += await self._workers.learner.evaluate(distributions, part)
         return answers
@@ -66,12 +69,15 @@ async def _roll_out(fleet: FleetHandle, turn: int, ticket: Ticket, places: async
 
 
 def metrics_of(name: str, answers: Sequence[Answer]) -> list[Metric]:
-    """KL per token over all tokens of the set, length, and the judge's rate."""
+    """KL per token over all tokens of the set, length, the judge's rate, and the share of right answers."""
     num_tokens = sum(a.num_tokens for a in answers)
-    metrics = [
-        Metric(f"eval/{name}/kl_per_token", sum(a.kl for a in answers) / max(num_tokens, 1)),
-        Metric(f"eval/{name}/completion_tokens_mean", num_tokens / len(answers)),
-    ]
+    metrics = [Metric(f"eval/{name}/completion_tokens_mean", num_tokens / len(answers))]
+    divergences = [a.kl for a in answers if a.kl is not None]
+    if divergences:
+        metrics.append(Metric(f"eval/{name}/kl_per_token", sum(divergences) / max(num_tokens, 1)))
+    accuracies = [a.accuracy for a in answers if a.accuracy is not None]
+    if accuracies:
+        metrics.append(Metric(f"eval/{name}/accuracy", sum(accuracies) / len(accuracies)))
     verdicts = [a.judged for a in answers if a.judged is not None]
     if verdicts:
         metrics.append(Metric(f"eval/{name}/grammatical", sum(verdicts) / len(verdicts)))

@@ -204,7 +204,7 @@ class LearnerHandle(Handle):
         return fingerprint
 
     async def evaluate(self, ref_log_distributions: Any, rollouts: Sequence[Rollout]) -> list[Answer]:
-        """Judge what the current policy sampled."""
+        """Judge what the current policy sampled; without a reference there are no distributions."""
         reference = self.actor.evaluate.remote(ref_log_distributions, *(r.payload for r in rollouts))
         answers: list[Answer] = await self.answer(reference, "evaluation", self.deadlines.update_s)
         return answers

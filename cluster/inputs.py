@@ -8,6 +8,7 @@ from typing import Any
 
 from align.policy import checked_model_directory, text_config
 from align.prompts import load_prompts
+from align.rewards.kinds import verifier_of
 from align.types import Prompt
 from cluster.config import RunConfig
 from cluster.faults import ConfigError
@@ -15,10 +16,19 @@ from cluster.faults import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the run reads, checked before any model is loaded."""
+    """What the run reads, checked before any model is loaded.
+
+    Attributes:
+        train: Prompts to train on; none of them reads like a held-out one.
+        heldout: Prompts that are never trained on.
+        num_left_out: Training prompts that were dropped for that.
+        vocab_size: Logits of the policy.
+        weights_bytes: Size of the policy's weights on disk.
+    """
 
     train: list[Prompt]
     heldout: list[Prompt]
+    num_left_out: int
     vocab_size: int
     weights_bytes: int
 
@@ -30,22 +40,46 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         ConfigError: Naming what does not.
     """
     try:
-        folders = [checked_model_directory(section.model) for section in (cfg.policy, cfg.reference)]
-        policy, reference = map(_load_tokenizer, folders)
-        check_vocabularies(policy, reference, folders[0], folders[1])
+        folders = [checked_model_directory(section.model) for section in (cfg.policy, cfg.reference) if section]
+        policy, *reference = map(_load_tokenizer, folders)
+        if reference:
+            check_vocabularies(policy, *reference, *folders)
         vocab_size = _num_logits(*folders)
         critics = [checked_model_directory(cfg.critic.model)] if cfg.critic and cfg.critic.model else []
         for folder in critics:
             check_vocabularies(policy, _load_tokenizer(folder), folders[0], folder, "critic")
         _check_context(cfg.rollout.max_model_len, *folders, *critics)
-        if cfg.reference.refresh_every:
+        if cfg.reference and cfg.reference.refresh_every:
             _check_same_shape(*folders)
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)
         heldout = load_prompts(cfg.evaluation.heldout, policy, room) if cfg.evaluation.heldout else []
+        if verifier := verifier_of(cfg.reward):
+            for prompt in (*train, *heldout):
+                verifier.check(prompt)
+        kept = without(train, heldout)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
-    return Inputs(train, heldout, vocab_size, sum(f.stat().st_size for f in folders[0].glob("*.safetensors")))
+    return Inputs(
+        kept,
+        heldout,
+        len(train) - len(kept),
+        vocab_size,
+        sum(f.stat().st_size for f in folders[0].glob("*.safetensors")),
+    )
+
+
+def without(train: list[Prompt], heldout: list[Prompt]) -> list[Prompt]:
+    """The training prompts that do not read like a held-out one.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    kept_out = {prompt.text for prompt in heldout}
+    kept = [prompt for prompt in train if prompt.text not in kept_out]
+    if not kept:
+        raise ValueError(f"all {len(train)} training prompts are among the held-out ones; nothing is left to train on")
+    return kept
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -59,14 +93,15 @@ def _load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"model folder {folder}: the tokenizer cannot be read: {error}") from error
 
 
-def _num_logits(policy_folder: Path, reference_folder: Path) -> int:
+def _num_logits(policy_folder: Path, *reference_folders: Path) -> int:
     """Logits of the policy; models of one family pad the same vocabulary to different sizes."""
-    own, other = (int(text_config(folder).vocab_size) for folder in (policy_folder, reference_folder))
-    if other < own:
-        raise ValueError(
-            f"the policy {policy_folder} has {own} logits, the reference {reference_folder} has {other}: the policy could "
-            "sample tokens that the reference cannot score; pad the reference's embeddings"
-        )
+    own = int(text_config(policy_folder).vocab_size)
+    for folder in reference_folders:
+        if (other := int(text_config(folder).vocab_size)) < own:
+            raise ValueError(
+                f"the policy {policy_folder} has {own} logits, the reference {folder} has {other}: the policy could "
+                "sample tokens that the reference cannot score; pad the reference's embeddings"
+            )
     return own
 
 

@@ -18,7 +18,8 @@ from align.losses import exact_kl
 from align.metrics import Metric
 from align.optimizer import OptimizerConfig
 from align.policy import Policy
-from align.types import FloatArray, Group, ScoredGroup, TokenRewards
+from align.rewards.kinds import RewardConfig, verifier_of
+from align.types import FloatArray, Group, Prompt, ScoredGroup, TokenRewards, Trajectory
 from cluster import transcripts
 from cluster.faults import TrainingDiverged
 from cluster.scorer import completion_log_distributions
@@ -35,16 +36,18 @@ class Answer:
     Attributes:
         prompt: Its text.
         completion: The sampled text.
-        kl: Sum over the sampled tokens of the exact KL divergence to the reference, in nats.
+        kl: Sum over the sampled tokens of the exact KL divergence to the reference, in nats; None without a reference.
         num_tokens: Sampled tokens.
         judged: The judge's verdict, or None without a judge.
+        accuracy: How right the reward's verifier says it is, 0 to 1, or None where nothing verifies.
     """
 
     prompt: str
     completion: str
-    kl: float
+    kl: float | None
     num_tokens: int
     judged: bool | None
+    accuracy: float | None = None
 
 
 class LearnerActor:
@@ -62,6 +65,7 @@ class LearnerActor:
         top_k: 0 for all tokens.
         top_p: 1 for all tokens.
         judge: Name of the evaluation's judge, or None.
+        reward: The run's reward; if it verifies answers, evaluations show how many are right.
         trajectories: Folder for the Parquet files.
         seed: The run's seed.
         critic: The critic that the algorithm asks for, or None.
@@ -81,6 +85,7 @@ class LearnerActor:
         top_k: int = 0,
         top_p: float = 1.0,
         judge: str | None,
+        reward: RewardConfig,
         trajectories: Path,
         seed: int,
         critic: CriticConfig | None = None,
@@ -107,6 +112,7 @@ class LearnerActor:
         self.wire_dtype = wire_dtype
         self.sender: Sender | None = None
         self.judge = JUDGES[judge] if judge else None
+        self.verifier = verifier_of(reward)
         self.trajectories = trajectories
 
     def ready(self) -> None:
@@ -172,24 +178,34 @@ class LearnerActor:
         return [self.policy.token_logprobs(one).logprobs[0, 1:].tolist() for one in ids]
 
     @torch.no_grad()
-    def evaluate(self, ref_log_distributions: list[FloatArray], *groups: Group) -> list[Answer]:
-        """Exact KL to the reference along sampled completions, and the judge's verdict.
+    def evaluate(self, ref_log_distributions: list[FloatArray] | None, *groups: Group) -> list[Answer]:
+        """Exact KL to the reference along sampled completions, the judge's verdict, and how right the answers are.
 
         Args:
-            ref_log_distributions: From `ScorerActor.log_distributions` for the same groups.
+            ref_log_distributions: From `ScorerActor.log_distributions` for the same groups; None without a reference.
             groups: Groups that the current policy sampled.
         """
-        trajectories = [(group, t) for group in groups for t in group.trajectories]
-        answers = []
-        for (group, t), ref in zip(trajectories, ref_log_distributions, strict=True):
-            own = completion_log_distributions(self.exact, t.token_ids, t.loss_mask, self.learner.temperature)
-            shared = torch.tensor(ref[:, : own.shape[-1]], device=own.device)  # a reference may be padded further
-            kl = exact_kl(own, shared).double().sum()
-            completion = self.policy.tokenizer.decode(t.token_ids[t.loss_mask].tolist(), skip_special_tokens=True)
-            text = group.ticket.prompt.text
-            judged = self.judge(text + completion) if self.judge else None
-            answers.append(Answer(text, completion, float(kl), t.num_completion_tokens, judged))
-        return answers
+        trajectories = [(group.ticket.prompt, t) for group in groups for t in group.trajectories]
+        refs = [None] * len(trajectories) if ref_log_distributions is None else ref_log_distributions
+        return [self._answer(prompt, t, ref) for (prompt, t), ref in zip(trajectories, refs, strict=True)]
+
+    def _answer(self, prompt: Prompt, trajectory: Trajectory, ref: FloatArray | None) -> Answer:
+        completion_ids = trajectory.token_ids[trajectory.loss_mask].tolist()
+        completion = self.policy.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        return Answer(
+            prompt.text,
+            completion,
+            None if ref is None else self._kl(trajectory, ref),
+            trajectory.num_completion_tokens,
+            self.judge(prompt.text + completion) if self.judge else None,
+            self.verifier(prompt, completion) if self.verifier else None,
+        )
+
+    def _kl(self, trajectory: Trajectory, ref: FloatArray) -> float:
+        temperature = self.learner.temperature
+        own = completion_log_distributions(self.exact, trajectory.token_ids, trajectory.loss_mask, temperature)
+        shared = torch.tensor(ref[:, : own.shape[-1]], device=own.device)  # a reference may be padded further
+        return float(exact_kl(own, shared).double().sum())
 
     def save(self, directory: Path) -> None:
         """Write policy (Hugging Face folder), optimizer, KL coefficient and critic into `directory`."""

@@ -71,12 +71,13 @@ def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
     """Raise ResourceError if what surely lies in host memory is more than there is.
 
     On CPUs: weights, gradients and Adam's two moments of the learner in float32 (4 x), the weights and the keys and values
-    of every engine, and every copy of the reference, which is taken to be as large as the policy; where it is refreshed, the
-    first one is kept beside the newest.
+    of every engine, and every copy of the reference, if there is one, which is taken to be as large as the policy; where it
+    is refreshed, the first one is kept beside the newest.
     """
     learner = 0 if cfg.learner.num_gpus else 4 * weights_bytes
     engine = 0 if cfg.rollout.num_gpus else weights_bytes + (cfg.rollout.kv_cache_bytes or 0)
-    scorer = 0 if cfg.scorer.num_gpus else weights_bytes * (2 if cfg.reference.refresh_every else 1)
+    copies = 0 if cfg.scorer.num_gpus or cfg.reference is None else 1 + bool(cfg.reference.refresh_every)
+    scorer = copies * weights_bytes
     needed = learner + cfg.rollout.num_actors * engine + cfg.scorer.num_actors * scorer
     if needed > memory_bytes:
         raise ResourceError(
@@ -264,6 +265,7 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path) -> Any:
             top_k=cfg.sampling.top_k,
             top_p=cfg.sampling.top_p,
             judge=cfg.evaluation.judge,
+            reward=cfg.reward,
             trajectories=run_dir.resolve() / "trajectories",
             seed=cfg.run.seed,
             critic=cfg.critic,
@@ -277,9 +279,19 @@ def _create_scorer(cfg: RunConfig) -> Any:
         "num_gpus": cfg.scorer.num_gpus,
         "runtime_env": _environment(cfg.scorer.num_threads),
     }
-    model = cfg.reference.model.resolve()
-    num_top = cfg.algorithm.num_top
-    return ray.remote(ScorerActor).options(**options).remote(model, cfg.reward, cfg.scorer, cfg.scorer_dtype, num_top)
+    return (
+        ray.remote(ScorerActor)
+        .options(**options)
+        .remote(
+            policy=cfg.policy.model.resolve(),
+            reference=cfg.reference and cfg.reference.model.resolve(),
+            reward=cfg.reward,
+            with_ref_logprobs=cfg.algorithm.reads_reference,
+            cfg=cfg.scorer,
+            compute_dtype=cfg.scorer_dtype,
+            num_top=cfg.algorithm.num_top,
+        )
+    )
 
 
 def _create_rollout(cfg: RunConfig, rank: int) -> Any:

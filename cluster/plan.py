@@ -23,7 +23,8 @@ def plan(cfg: RunConfig, machines: Sequence[Node], rates: Rates | None) -> str:
         ConfigError: If a model folder has no config.json.
         ResourceError: If the run can never fit on the machines, with what is missing and what would fit.
     """
-    policy, reference = model_shape(cfg.policy.model), model_shape(cfg.reference.model)
+    policy = model_shape(cfg.policy.model)
+    reference = model_shape(cfg.reference.model) if cfg.reference else None
     needed = roles(cfg, policy, reference)
     lines = [
         f"run          {cfg.run.name}: policy of {policy.num_parameters / 1e6:,.1f} M parameters, {cfg.engine_dtype}"

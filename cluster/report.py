@@ -21,6 +21,8 @@ from cluster import curves
 OUTCOMES = (
     ("KL per token to the reference", "held-out prompts", "kl_per_token", ""),
     ("KL per token to the reference", "training prompts", "kl_per_token", "_train"),
+    ("Right answers", "held-out prompts", "accuracy", ""),
+    ("Right answers", "training prompts", "accuracy", "_train"),
     ("Judged grammatical", "held-out prompts", "grammatical", ""),
     ("Judged grammatical", "training prompts", "grammatical", "_train"),
 )
@@ -190,7 +192,7 @@ def _charts(
                 if name in record.series
             ],
             "show": percent if panel.scale == "rate" else number,
-            "target": _target(record) if panel.scale == "rate" else None,
+            "target": _target(record) if panel.has_target else None,
             "hidden": curves.non_positive(panel, record.series),
         }
         for panel in curves.present(panels, record.series)
@@ -208,6 +210,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
         reference = _finite(summary.get("grammatical_reference"))
         of_reference = "" if reference is None else f" (reference {percent(reference)})"
         parts.append(f"grammatical {percent(before)} → {percent(after)}{of_reference}")
+    before, after = _finite(summary.get("accuracy_before")), _finite(summary.get("accuracy_after"))
+    if before is not None and after is not None:
+        parts.append(f"right answers {percent(before)} → {percent(after)}")
     sentence = "; ".join(parts) or "no evaluation before and after was recorded"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -226,7 +231,7 @@ def _change(before: float, after: float) -> str:
 def _outcomes(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     tiles = []
     for label, prompts, measure, suffix in OUTCOMES:
-        show = percent if measure == "grammatical" else number
+        show = number if measure == "kl_per_token" else percent
         keys = [f"{measure}_{moment}{suffix}" for moment in ("before", "after", "reference")]
         before, after, reference = (_finite(summary.get(key)) for key in keys)
         if before is not None or after is not None:

@@ -1,4 +1,4 @@
-"""The scorer actor: the frozen reference, which gives token rewards and, for evaluations, whole distributions."""
+"""The scorer actor: it gives the rewards; a frozen reference, where there is one, gives whole distributions too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.policy import Policy
+from align.policy import Policy, load_tokenizer
+from align.rewards import Reward
+from align.rewards.kinds import RewardConfig, WithReference, make_reward, reads_reference
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.types import FloatArray, Group, Prompt, TokenRewards, Trajectory
 from cluster.weights import inspect
@@ -21,7 +23,7 @@ class ScorerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_actors: int = Field(1, ge=1, description="Scorer actors, each with a copy of the reference.")
+    num_actors: int = Field(1, ge=1, description="Scorer actors, each with a copy of the reference if there is one.")
     num_gpus: float = Field(0, ge=0, le=1, description="GPUs of one scorer; a fraction shares one.")
     num_cpus: float = Field(0, ge=0, description="CPUs that Ray sets aside for one scorer.")
     num_threads: int = Field(1, ge=1, description="CPU threads of one scorer.")
@@ -32,11 +34,13 @@ class ScorerConfig(BaseModel):
 
 
 class ScorerActor:
-    """Judges groups under the frozen reference. A plain class; `placement.py` makes it a Ray actor.
+    """Judges groups. A plain class; `placement.py` makes it a Ray actor.
 
     Args:
-        model: Hugging Face folder of the reference.
-        reward: alpha and clip.
+        policy: Hugging Face folder of the policy, for its tokenizer.
+        reference: Hugging Face folder of the reference, or None where nothing asks one.
+        reward: What to pay.
+        with_ref_logprobs: Whether a KL term or a distillation needs what the reference says beside the rewards.
         cfg: Threads and micro-batches.
         compute_dtype: "float32" or "bfloat16".
         num_top: The reference's likeliest tokens at each place, for a distillation: how many, 0 for all, None for none.
@@ -44,22 +48,38 @@ class ScorerActor:
 
     def __init__(
         self,
-        model: Path,
-        reward: ReferenceRewardConfig,
+        policy: Path,
+        reference: Path | None,
+        reward: RewardConfig,
+        with_ref_logprobs: bool,
         cfg: ScorerConfig,
         compute_dtype: str,
         num_top: int | None = None,
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
-        device = "cuda" if cfg.num_gpus else "cpu"
-        self.exact = Policy.load(model, device=device)  # float32, for evaluations
+        self.cfg = cfg
+        self.num_top = num_top
+        self.tokenizer = load_tokenizer(policy)
+        if reference is not None:
+            self._load_reference(reference, compute_dtype)
+        self.reward: Reward = make_reward(reward, self._decode, self._reference_reward)
+        if with_ref_logprobs and not reads_reference(reward):
+            self.reward = WithReference(self.reward, self._reference_reward(ReferenceRewardConfig()))
+
+    def _load_reference(self, folder: Path, compute_dtype: str) -> None:
+        self.exact = Policy.load(folder, device="cuda" if self.cfg.num_gpus else "cpu")  # float32, for evaluations
         self.reference = self.exact if compute_dtype == "float32" else _in_bfloat16(self.exact)
-        if cfg.num_gpus:
+        if self.cfg.num_gpus:
             self.exact = self.reference  # one copy: the memory of a GPU is for the engine
-        self.reward = ReferenceReward(self.reference, reward, cfg.max_tokens_per_micro_batch, num_top)
+
+    def _reference_reward(self, cfg: ReferenceRewardConfig) -> ReferenceReward:
+        return ReferenceReward(self.reference, cfg, self.cfg.max_tokens_per_micro_batch, self.num_top)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def ready(self) -> None:
-        """Returns once the reference is loaded."""
+        """Returns once everything is loaded."""
 
     def load_reference(self, model: Path) -> str:
         """Score under the weights of another model of the same shape; evaluations stay with those of the first one.
@@ -94,7 +114,7 @@ class ScorerActor:
         """What the reference itself answers, one completion per prompt, as text."""
         token_ids = [prompt.token_ids for prompt in prompts]
         completions = self.exact.sample(token_ids, max_tokens=max_tokens, temperature=1.0, seed=seed)
-        return [self.reference.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        return [self._decode(ids) for ids in completions]
 
 
 def outcome(trajectory: Trajectory, score: TokenRewards) -> float:

@@ -84,6 +84,7 @@ _COLUMNS = (  # heading, metric, format, width
     ("update s", "time/update_s", "{:.2f}", 8),
     ("publish s", "time/publish_s", "{:.2f}", 9),
 )
+_OUTCOME_COLUMNS = (("reward", "reward/trajectory_mean", "{:.3f}", 7), *_COLUMNS[2:])
 _HEADING_EVERY = 20
 
 
@@ -93,9 +94,11 @@ class Console:
     Args:
         num_steps: Steps of the run, for the time left.
         rich: Rich's console.
+        pays_outcomes: Whether rewards judge whole trajectories; without a reference there is no KL to show either.
     """
 
-    def __init__(self, num_steps: int, rich: RichConsole | None = None) -> None:
+    def __init__(self, num_steps: int, rich: RichConsole | None = None, pays_outcomes: bool = False) -> None:
+        self._columns = _OUTCOME_COLUMNS if pays_outcomes else _COLUMNS
         self._rich = rich or RichConsole(highlight=False, soft_wrap=True)
         self._num_steps = num_steps
         self._lines = 0
@@ -122,11 +125,12 @@ class Console:
 
     def _step_line(self, step: int, wall_s: float, values: Mapping[str, float]) -> None:
         if self._lines % _HEADING_EVERY == 0:
-            heading = " ".join(f"{title:>{width}}" for title, _, _, width in _COLUMNS)
+            heading = " ".join(f"{title:>{width}}" for title, _, _, width in self._columns)
             self._rich.print(f"{'step':>9} {heading} {'left':>6}", style="bold", markup=False)
         self._lines += 1
         cells = " ".join(
-            f"{shape.format(values[name]) if name in values else '-':>{width}}" for _, name, shape, width in _COLUMNS
+            f"{shape.format(values[name]) if name in values else '-':>{width}}"
+            for _, name, shape, width in self._columns
         )
         left = _clock(self._time_left(step, wall_s))
         self.say(f"{f'{step}/{self._num_steps}':>9} {cells} {left:>6}")
@@ -160,6 +164,7 @@ def _evaluation(values: Mapping[str, float]) -> str:
     shapes = {
         "kl_per_token": "KL per token {:.4f}",
         "grammatical": "grammatical {:.1%}",
+        "accuracy": "accuracy {:.1%}",
         "completion_tokens_mean": "length {:.1f}",
     }
     parts: dict[str, list[str]] = {}

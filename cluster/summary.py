@@ -50,7 +50,8 @@ def summarize_run(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, 
     for name, suffix in (("heldout", ""), ("train", "_train")):
         kl = [row[key] for row in rows if (key := f"eval/{name}/kl_per_token") in row]
         judged = [row[key] for row in rows if (key := f"eval/{name}/grammatical") in row]
-        for what, values in (("kl_per_token", kl), ("grammatical", judged)):
+        right = [row[key] for row in rows if (key := f"eval/{name}/accuracy") in row]
+        for what, values in (("kl_per_token", kl), ("grammatical", judged), ("accuracy", right)):
             summary[f"{what}_before{suffix}"] = values[0] if values else None
             summary[f"{what}_after{suffix}"] = values[-1] if values else None
         summary[f"grammatical_reference{suffix}"] = samples.get("reference_rates", {}).get(name)
@@ -102,6 +103,7 @@ class Samples:
             when = "after" if "before" in row else "before"
             row[when] = answer.completion
             row[f"grammatical_{when}"] = answer.judged
+            row[f"accuracy_{when}"] = answer.accuracy
         self._write()
 
     def add_reference(self, name: str, prompts: Sequence[str], texts: Sequence[str], judge: str | None) -> None:

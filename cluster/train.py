@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 
+from align.rewards.kinds import reads_reference
 from cluster.config import RunConfig
 from cluster.faults import INTERRUPTED, RunError
 from cluster.folder import RunFolder
@@ -19,7 +20,7 @@ from cluster.sinks import Console, check_online
 def train(cfg: RunConfig) -> int:
     """Run to the end; returns the exit code: 0 finished, 130 interrupted, else that of the error (see `cluster.faults`)."""
     started = time.monotonic()
-    console = Console(cfg.run.steps)
+    console = Console(cfg.run.steps, pays_outcomes=not reads_reference(cfg.reward))
     try:
         inputs = load_inputs(cfg)
         online = check_online(cfg.wandb, console.warn)
@@ -51,8 +52,9 @@ def _announce(cfg: RunConfig, inputs: Inputs, folder: RunFolder, console: Consol
     run = cfg.run
     console.say(f"run folder   {folder.path}" + (" (resumed)" if folder.resumed else ""))
     console.say(f"policy       {cfg.policy.model}")
-    console.say(f"reference    {cfg.reference.model}")
-    console.say(f"prompts      {len(inputs.train)} to train on, {len(inputs.heldout)} held out")
+    console.say(f"reference    {cfg.reference.model if cfg.reference else 'none: nothing asks one'}")
+    left_out = f" ({inputs.num_left_out} more are among the held-out ones)" if inputs.num_left_out else ""
+    console.say(f"prompts      {len(inputs.train)} to train on{left_out}, {len(inputs.heldout)} held out")
     console.say(
         f"each step    {run.prompts_per_step} prompts x {run.group_size} trajectories, staleness at most {run.max_staleness}"
     )

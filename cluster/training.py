@@ -117,7 +117,7 @@ class Training:
         self.workers = await start_workers(cfg, self.folder.path, policy, canary, self.console)
         self.reference = MovingReference(
             self.folder.path / "reference",
-            cfg.reference.refresh_every,
+            cfg.reference.refresh_every if cfg.reference else 0,
             self.workers.learner.export_reference,
             self.workers.scorers.load_reference,
         )
@@ -138,7 +138,8 @@ class Training:
         self.evaluator = self._evaluator()
         if not self.samples.begun:
             await self._evaluate(state.version, metrics)
-            await self._reference_samples()
+            if cfg.reference:
+                await self._reference_samples()
             self.samples.mark_begun()
         self.run_state = Run(
             prompts=self.stream,
@@ -219,7 +220,7 @@ class Training:
             name: fixed_tickets(prompts, cfg.evaluation.group_size, seed) for name, prompts in sets.items() if prompts
         }
         bytes_per_group = 4 * self.inputs.vocab_size * cfg.sampling.max_tokens * cfg.evaluation.group_size
-        return Evaluator(tickets, self.workers, bytes_per_group)
+        return Evaluator(tickets, self.workers, bytes_per_group if cfg.reference else None)
 
     async def _reference_samples(self) -> None:
         """Answers of the reference: to all prompts where a judge counts them, else to those that are shown."""

@@ -18,20 +18,23 @@ LEAST: dict[str, Any] = {
 }
 
 
-def tree(**sections: dict[str, Any]) -> dict[str, Any]:
-    """The least run file as a tree, with these values added to its sections."""
+def tree(**sections: dict[str, Any] | None) -> dict[str, Any]:
+    """The least run file as a tree, with these values added to its sections; a section that is None is left out."""
     content = copy.deepcopy(LEAST)
     for section, values in sections.items():
-        content.setdefault(section, {}).update(values)
+        if values is None:
+            del content[section]
+        else:
+            content.setdefault(section, {}).update(values)
     return content
 
 
-def config(**sections: dict[str, Any]) -> RunConfig:
+def config(**sections: dict[str, Any] | None) -> RunConfig:
     """The same as a checked config."""
     return RunConfig.model_validate(tree(**sections))
 
 
-def write(path: Path, **sections: dict[str, Any]) -> Path:
+def write(path: Path, **sections: dict[str, Any] | None) -> Path:
     """The same as a file."""
     path.write_text(tomli_w.dumps(tree(**sections)), encoding="utf-8")
     return path

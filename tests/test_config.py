@@ -170,6 +170,20 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
             'evaluation.heldout={files = ["h.jsonl"], colum = "x"}',
             "unknown key 'evaluation.heldout.colum'; did you mean 'column'?",
         ),
+        ("reward.alhpa=1", "unknown key 'reward.alhpa'; did you mean 'alpha'?"),
+        ('reward={kind = "exact_match", answr = "a"}', "unknown key 'reward.answr'; did you mean 'answer'?"),
+        (
+            'reward={kind = "composite", parts = [{wieght = 1, reward = {alpha = 1}}]}',
+            "unknown key 'reward.parts.0.wieght'; did you mean 'weight'?",
+        ),
+        (
+            'reward={kind = "composite", parts = [{reward = {kind = "overlong", max_tokens = 4, cach = 2}}]}',
+            "unknown key 'reward.parts.0.reward.cach'; did you mean 'cache_tokens'?",
+        ),
+        (
+            'evaluation.heldout={tasks = {generator = "sums", sise = 1}}',
+            "'evaluation.heldout.tasks.sise'; did you mean 'size'?",
+        ),
         ('prompts.colunm="x"', "unknown key 'prompts.colunm'; did you mean 'column'?"),
         ("wandb.api_key=secret", "unknown key 'wandb.api_key'"),
     ],
@@ -181,16 +195,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(override: str, expected:
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[run]\nsteps = 1\n[policy]\nmodel = "m"\n[prompts]\nfiles = ["p.jsonl"]\n')
-    message = refused(path)
-    assert "'run.prompts_per_step' is missing" in message
-    assert "'reference' is missing" in message
+    assert "'run.prompts_per_step' is missing" in refused(path)
 
 
 def test_an_empty_file_names_every_section_that_is_required(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("")
     message = refused(path)
-    assert all(f"'{section}' is missing" in message for section in ("run", "policy", "reference", "prompts"))
+    assert all(f"'{section}' is missing" in message for section in ("run", "policy", "prompts"))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +224,6 @@ def test_an_empty_file_names_every_section_that_is_required(tmp_path: Path) -> N
         ('algorithm.name=["grpo"]', "algorithm.name: Input should be 'reinforce'"),
         ("algorithm.clip_low=2", "algorithm.clip_low: Input should be less than or equal to 1, got 2"),
         ("rollout.dtype=float16", "rollout.dtype: "),
-        ("prompts.files=[]", "prompts.files: "),
         ("weights.canary_stop=0", "weights.canary_stop: "),
         ("run=5", "run: "),
     ],
@@ -275,6 +286,7 @@ DROPS = ["filter.drop_without_signal=true", "algorithm.name=grpo", "run.group_si
             [*DROPS, "run.max_staleness=2", "filter.max_dropped_batches=2"],
             "filter.max_dropped_batches (2) must be above run.max_staleness (2)",
         ),
+        (["reward.kind=overlong", "reward.max_tokens=96", "reward.cache_tokens=32"], "begins above 64 tokens"),
         (["sampling.max_tokens=512"], "sampling.max_tokens (512) leaves no room for a prompt"),
         (["run.group_size=257"], "run.group_size (257) is above rollout.max_num_seqs (256)"),
         (["evaluation.judge=polite"], "evaluation.judge is 'polite'; there are: grammatical"),
@@ -296,6 +308,7 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], exp
         ["algorithm.name=dr_grpo", "run.group_size=2", "algorithm.loss_length=512", "run.max_staleness=1"],
         [*DROPS, "run.max_staleness=2", "filter.max_dropped_batches=3"],
         ["filter.curriculum={high = 0.9}", "reference.refresh_every=5"],
+        ["reward.kind=overlong", "reward.max_tokens=95", "reward.cache_tokens=32"],
         ["sampling.max_tokens=511"],
         ["sampling.top_p=0.9", "sampling.top_k=50"],
         ["algorithm.distillation=reverse_kl", "run.max_staleness=1"],
@@ -308,6 +321,44 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], exp
 )
 def test_the_nearest_values_that_fit_together_are_accepted(overrides: list[str], run_file: Path) -> None:
     load_config(run_file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("sections", "reasons"),
+    [
+        ({}, "the reward"),
+        ({"reward": {"kind": "composite", "parts": [{"reward": {"alpha": 1.0}}]}}, "the reward"),
+        ({"reward": {"kind": "exact_match"}, "algorithm": {"name": "grpo"}}, "algorithm.kl = 'loss'"),
+        ({"algorithm": {"name": "rloo"}}, "the reward and algorithm.kl = 'reward'"),
+    ],
+)
+def test_a_run_without_a_reference_is_refused_with_what_would_read_one(
+    sections: dict[str, dict[str, Any]], reasons: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "run.toml", reference=None, run={"group_size": 2}, **sections)
+    assert refused(path).endswith(f"run.toml: a [reference] is needed for {reasons}")
+    load_config(write(tmp_path / "with.toml", run={"group_size": 2}, **sections))
+
+
+@pytest.mark.parametrize("algorithm", [{"name": "dapo"}, {"name": "grpo", "kl": "none", "kl_coefficient": 0.0}])
+def test_an_outcome_without_kl_needs_no_reference(algorithm: dict[str, Any]) -> None:
+    cfg = config(reference=None, run={"group_size": 2}, reward={"kind": "exact_match"}, algorithm=algorithm)
+    assert cfg.reference is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "reward.kind=exakt",
+            "reward.kind is one of: 'reference', 'exact_match', 'reasoning_gym', 'overlong', 'composite'",
+        ),
+        ("prompts={tasks = {size = 3}}", "'prompts.tasks.generator' is missing"),
+        ("prompts={files = []}", "prompts come from files or from tasks: set one of the two"),
+    ],
+)
+def test_a_kind_that_is_not_there_is_named_with_those_that_are(override: str, expected: str, run_file: Path) -> None:
+    assert expected in refused(run_file, override)
 
 
 def test_all_contradictions_are_told_at_once(run_file: Path) -> None:

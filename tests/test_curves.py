@@ -38,7 +38,7 @@ def test_a_run_of_one_step_shows_its_only_point() -> None:
     assert texts_of(svg)[:3] == ["0", "1", "2"], "steps are whole numbers"
 
 
-def test_the_reference_is_a_dashed_line_in_panels_of_shares_only() -> None:
+def test_the_reference_is_a_dashed_line_where_it_was_judged_and_nowhere_else() -> None:
     dashed = []
     for panel in curves.PANELS:
         series = {panel.curves[0][0]: {0: 0.25, 1: 0.5}}

@@ -19,8 +19,8 @@ from cluster.placement import Workers
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1,)) for number in range(6)]
 
 
-def answer(kl: float, num_tokens: int, judged: bool | None = None) -> Answer:
-    return Answer("prompt", "completion", kl, num_tokens, judged)
+def answer(kl: float | None, num_tokens: int, judged: bool | None = None, accuracy: float | None = None) -> Answer:
+    return Answer("prompt", "completion", kl, num_tokens, judged, accuracy)
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
@@ -53,6 +53,11 @@ def test_the_rate_of_the_judge_is_over_completions() -> None:
     values = reduce(metrics_of("train", [answer(0.0, 1, judged) for judged in verdicts]))
     assert values["eval/train/grammatical"] == 0.75
     assert reduce(metrics_of("train", [answer(0.0, 1, False)]))["eval/train/grammatical"] == 0.0
+
+
+def test_the_accuracy_is_a_mean_over_completions_and_without_a_reference_there_is_no_kl() -> None:
+    values = reduce(metrics_of("heldout", [answer(None, 4, accuracy=a) for a in (1.0, 0.0, 0.5, 0.0)]))
+    assert values == {"eval/heldout/accuracy": 0.375, "eval/heldout/completion_tokens_mean": 4.0}
 
 
 def test_completions_without_a_token_have_no_kl() -> None:
@@ -106,12 +111,12 @@ class FakeScorers:
 
 
 class FakeLearner:
-    async def evaluate(self, distributions: list[str], rollouts: list[Rollout]) -> list[Answer]:
-        assert distributions == [f"distributions of {rollout.payload}" for rollout in rollouts]
+    async def evaluate(self, distributions: list[str] | None, rollouts: list[Rollout]) -> list[Answer]:
+        assert distributions is None or distributions == [f"distributions of {rollout.payload}" for rollout in rollouts]
         return [Answer(rollout.payload, "", 0.0, 1, None) for rollout in rollouts]
 
 
-def evaluate(fleet: FakeFleet, scorers: FakeScorers, bytes_per_group: int = 1) -> dict[str, list[Answer]]:
+def evaluate(fleet: FakeFleet, scorers: FakeScorers, bytes_per_group: int | None = 1) -> dict[str, list[Answer]]:
     workers = Workers(fleet, scorers, FakeLearner())  # type: ignore[arg-type]
     sets = {"heldout": fixed_tickets(PROMPTS, 1, 7), "train": fixed_tickets(PROMPTS[:2], 1, 7)}
     return asyncio.run(Evaluator(sets, workers, bytes_per_group).evaluate())
@@ -137,6 +142,13 @@ def test_distributions_travel_in_parts_that_fit_the_memory() -> None:
         scorers = FakeScorers()
         assert len(evaluate(FakeFleet([FakeActor(0)], []), scorers, bytes_per_group)["heldout"]) == len(PROMPTS)
         assert scorers.parts == parts
+
+
+def test_without_a_reference_no_distribution_is_asked_for() -> None:
+    scorers = FakeScorers()
+    answers = evaluate(FakeFleet([FakeActor(0)], []), scorers, bytes_per_group=None)
+    assert [a.prompt for a in answers["heldout"]] == [p.id for p in PROMPTS]
+    assert scorers.parts == []
 
 
 def test_a_lost_actor_is_replaced_and_its_replacement_answers_in_its_place() -> None:

@@ -79,6 +79,56 @@ def test_a_prompt_may_use_all_the_room_that_completions_leave_and_no_more(model_
     assert message.startswith(f"{too_long} line 1: the prompt has 33 tokens, at most 32 fit")
 
 
+def sums(size: int, seed: int) -> dict[str, Any]:
+    """Generated sums of one-digit numbers, in letters that the tokenizer of the tests knows or not."""
+    return {"tasks": {"generator": "sums", "size": size, "seed": seed, "max_digits": 1}, "template": "{answer}"}
+
+
+def outcome_config(folder: Path, prompts: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
+    """A run without a reference, paid for exact answers."""
+    return RunConfig.model_validate(
+        {
+            "run": {"steps": 1, "prompts_per_step": 1},
+            "policy": {"model": folder},
+            "reward": {"kind": "exact_match"},
+            "prompts": prompts,
+            "sampling": {"max_tokens": 32},
+            "rollout": {"max_model_len": 64},
+            **sections,
+        }
+    )
+
+
+def test_a_run_without_a_reference_reads_the_policy_alone(model_folder: Path) -> None:
+    inputs = load_inputs(outcome_config(model_folder, sums(10, seed=1)))
+    assert (len(inputs.train), inputs.vocab_size, inputs.num_left_out) == (10, VOCAB_SIZE, 0)
+
+
+def test_a_training_prompt_that_reads_like_a_held_out_one_is_left_out_and_counted(model_folder: Path) -> None:
+    cfg = outcome_config(model_folder, sums(100, seed=1), evaluation={"heldout": sums(10, seed=2)})
+    inputs = load_inputs(cfg)
+    kept_out = {prompt.text for prompt in inputs.heldout}
+    assert len(inputs.heldout) == 10
+    assert not kept_out & {prompt.text for prompt in inputs.train}
+    assert 0 < inputs.num_left_out == 100 - len(inputs.train)
+    assert len(load_inputs(outcome_config(model_folder, sums(100, seed=1))).train) == 100
+
+
+def test_training_prompts_that_are_all_held_out_are_refused(model_folder: Path) -> None:
+    cfg = outcome_config(model_folder, sums(10, seed=1), evaluation={"heldout": sums(20, seed=1)})
+    assert refused(cfg).startswith("all 10 training prompts are among the held-out ones")
+
+
+@pytest.mark.parametrize("where", ["train", "heldout"])
+def test_a_prompt_without_an_answer_to_compare_with_is_refused(where: str, model_folder: Path, tmp_path: Path) -> None:
+    unanswered = {"files": [write_prompts(tmp_path / "unanswered.jsonl", "a cat")]}
+    if where == "train":
+        cfg = outcome_config(model_folder, unanswered)
+    else:
+        cfg = outcome_config(model_folder, sums(3, seed=1), evaluation={"heldout": unanswered})
+    assert "prompt 'prompt-0' has no column 'answer' (reward.answer)" in refused(cfg)
+
+
 # --- models -------------------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,22 @@ import torch
 from align.algorithms import AlgorithmConfig
 from align.learner import LearnerConfig
 from align.optimizer import OptimizerConfig
+from align.rewards.exact_match import ExactMatchConfig
+from align.rewards.kinds import RewardConfig
+from align.rewards.reference import ReferenceRewardConfig
+from align.types import Group, Prompt, Ticket
 from cluster.faults import TrainingDiverged
 from cluster.learning import LearnerActor
+from cluster.scorer import ScorerActor, ScorerConfig
+from tests.trajectories import make_trajectory
 
 
 @pytest.fixture
 def actor(model_folder: Path, tmp_path: Path) -> LearnerActor:
+    return learner_actor(model_folder, tmp_path, ReferenceRewardConfig())
+
+
+def learner_actor(model_folder: Path, tmp_path: Path, reward: RewardConfig) -> LearnerActor:
     return LearnerActor(
         model_folder,
         AlgorithmConfig(),
@@ -26,6 +36,7 @@ def actor(model_folder: Path, tmp_path: Path) -> LearnerActor:
         num_steps=3,
         temperature=1.0,
         judge=None,
+        reward=reward,
         trajectories=tmp_path,
         seed=0,
     )
@@ -58,3 +69,33 @@ def test_weights_that_are_not_finite_are_not_exported(actor: LearnerActor) -> No
         actor.export()
     assert name in caught.value.message
     assert "lower optimizer.lr" in caught.value.advice
+
+
+# --- evaluations --------------------------------------------------------------------------------------------------
+
+
+def answered(actor: LearnerActor, text: str, answer: str) -> Group:
+    """One prompt, whose one completion reads `text`."""
+    prompt = Prompt("p", "the sum is ", tuple(actor.policy.tokenizer.encode("the sum is ")), {"answer": answer})
+    completion = actor.policy.tokenizer.encode(text)
+    return Group(Ticket(0, prompt, (0,)), (make_trajectory(prompt.token_ids, completion),))
+
+
+def test_without_a_reference_an_answer_has_no_kl_and_the_verifier_of_the_reward_judges_it(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    actor = learner_actor(model_folder, tmp_path, ExactMatchConfig(extract="text"))
+    groups = [answered(actor, text, "a cat") for text in ("a cat", "a dog")]
+    right, wrong = actor.evaluate(None, *groups)
+    assert (right.completion, right.kl, right.accuracy) == ("a cat", None, 1.0)
+    assert (wrong.completion, wrong.kl, wrong.accuracy) == ("a dog", None, 0.0)
+
+
+def test_the_kl_of_a_policy_to_itself_is_zero_and_a_reference_reward_verifies_nothing(
+    actor: LearnerActor, model_folder: Path
+) -> None:
+    scorer = ScorerActor(model_folder, model_folder, ReferenceRewardConfig(), False, ScorerConfig(), "float32")
+    group = answered(actor, "a cat", "a cat")
+    (answer,) = actor.evaluate(scorer.log_distributions(group)[0], group)
+    assert answer.kl == pytest.approx(0, abs=1e-6)
+    assert answer.accuracy is None

@@ -78,6 +78,7 @@ MEMORY = [
     ({"rollout": {"num_actors": 3, "kv_cache_bytes": 2 * GIB}}, 4 + 3 * (1 + 2) + 1),
     ({"scorer": {"num_actors": 2}}, 4 + 1 + 2),
     ({"reference": {"refresh_every": 5}}, 4 + 1 + 2),
+    ({"reference": None, "reward": {"kind": "exact_match"}, "scorer": {"num_actors": 2}}, 4 + 1),
     ({"learner": {"num_gpus": 1}}, 1 + 1),
     ({"rollout": {"num_gpus": 1, "kv_cache_bytes": 2 * GIB}}, 4 + 1),
     ({"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}, "scorer": {"num_gpus": 1}}, 0),

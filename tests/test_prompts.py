@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from align.prompts import PromptConfig, PromptStream, derive_seed, load_prompts
+from align.tasks import SumsConfig
 from align.types import Prompt
 
 Write = Callable[[str, str | bytes], Path]
@@ -231,9 +232,11 @@ def test_a_prompt_of_exactly_the_limit_is_taken(write: Write, tokenizer: PreTrai
     assert len(prompt.token_ids) == 5
 
 
-def test_a_config_needs_a_file_and_refuses_unknown_keys() -> None:
-    with pytest.raises(ValidationError, match="at least 1 item"):
+def test_a_config_needs_one_source_and_refuses_unknown_keys() -> None:
+    with pytest.raises(ValidationError, match="set one of the two"):
         PromptConfig(files=())
+    with pytest.raises(ValidationError, match="set one of the two"):
+        PromptConfig(files=(Path("a.jsonl"),), tasks=SumsConfig(size=1))
     with pytest.raises(ValidationError, match="colunm"):
         PromptConfig(files=(Path("a.jsonl"),), colunm="text")  # type: ignore[call-arg]
 

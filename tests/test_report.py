@@ -77,6 +77,16 @@ def test_the_verdict_gives_the_numbers_before_and_after_and_the_factor_between_t
     )
 
 
+def test_a_run_without_a_reference_is_summed_up_by_its_right_answers(tmp_path: Path) -> None:
+    summary = {"status": "finished", "kl_per_token_before": None, "accuracy_before": 0.078125, "accuracy_after": 0.5}
+    rows = tuple({"step": step, "eval/heldout/accuracy": value} for step, value in ((0, 0.078125), (2, 0.5)))
+    assert verdict(summary) == "Right answers 8% → 50%."
+    text = Page(write_report(write_run(tmp_path, summary, rows))).text
+    assert "Right answers held-out prompts before 8% after 50%" in text
+    assert "8% → 50%" in text.split("Curves")[1]
+    assert "KL" not in text
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -152,7 +162,14 @@ def test_samples_stand_side_by_side_with_the_word_of_the_judge(tmp_path: Path) -
     sample = {"prompt": "the dog", "before": "", "after": "sees <b>", "reference": None}
     judged = {**sample, "grammatical_before": False, "grammatical_after": True, "grammatical_reference": None}
     text = Page(write_report(write_run(tmp_path, samples=(judged,)))).text
-    assert "the dog ✗ (empty) ✓ sees <b> –" in text
+    assert "Before After Reference the dog ✗ (empty) ✓ sees <b> –" in text
+
+
+def test_verified_samples_are_marked_and_without_a_reference_there_is_no_column_for_it(tmp_path: Path) -> None:
+    sample = {"prompt": "2 + 3 =", "before": "6", "accuracy_before": 0.25, "after": "5", "accuracy_after": 1.0}
+    page = Page(write_report(write_run(tmp_path, samples=(sample,))))
+    assert "Before After 2 + 3 = ✗ 6 ✓ 5" in page.text
+    assert ("title", "scored 0.25 of 1") in page.attributes
 
 
 def test_samples_beyond_the_first_twelve_are_folded_away_but_kept(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_a_step_is_one_line_under_a_heading() -> None:
     ]  # fmt: skip
 
 
+def test_a_run_that_pays_outcomes_shows_them_and_no_kl() -> None:
+    file = io.StringIO()
+    sink = Console(10, RichConsole(file=file, width=200, highlight=False, soft_wrap=True), pays_outcomes=True)
+    sink.log(1, 3.0, STEP | {"reward/trajectory_mean": 0.125})
+    heading, line = file.getvalue().splitlines()
+    assert heading.split()[:3] == ["step", "reward", "entropy"]
+    assert line.split()[:3] == ["1/10", "0.125", "2.345"]
+
+
 def test_values_stand_under_their_headings() -> None:
     sink, file = console()
     sink.log(1, 3.0, STEP)
@@ -144,13 +153,15 @@ def test_an_evaluation_has_a_line_of_its_own() -> None:
         "eval/heldout/kl_per_token": 0.12345,
         "eval/heldout/grammatical": 0.875,
         "eval/heldout/completion_tokens_mean": 7.25,
+        "eval/heldout/accuracy": 0.5,
         "eval/train/kl_per_token": 0.5,
     }
     sink.log(0, 1.0, evaluation)
     sink.log(1, 2.0, STEP | evaluation)
     before, _, step_line, after = file.getvalue().splitlines()
     assert before == (
-        "  evaluation after step 0: heldout: KL per token 0.1235, grammatical 87.5%, length 7.2; train: KL per token 0.5000"
+        "  evaluation after step 0: heldout: KL per token 0.1235, grammatical 87.5%, length 7.2, accuracy 50.0%; "
+        "train: KL per token 0.5000"
     )
     assert step_line.split()[0] == "1/10"
     assert after == before.replace("step 0", "step 1")

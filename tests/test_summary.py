@@ -16,6 +16,7 @@ ROWS: list[dict[str, Any]] = [
         "step": 0,
         "eval/heldout/kl_per_token": 1.5,
         "eval/heldout/grammatical": 0.25,
+        "eval/heldout/accuracy": 0.0625,
         "eval/train/kl_per_token": 1.25,
         "eval/train/grammatical": 0.5,
     },
@@ -30,11 +31,22 @@ ROWS: list[dict[str, Any]] = [
         "eval/heldout/kl_per_token": 0.5,
         "eval/heldout/grammatical": 0.75,
     },
-    {"step": 3, "memory/rss_bytes": 5, "eval/heldout/kl_per_token": 0.125, "eval/train/kl_per_token": 0.25},
+    {
+        "step": 3,
+        "memory/rss_bytes": 5,
+        "eval/heldout/accuracy": 0.5,
+        "eval/heldout/kl_per_token": 0.125,
+        "eval/train/kl_per_token": 0.25,
+    },
 ]
 SAMPLES = {"sets": {}, "reference_rates": {"heldout": 0.9375}}
 KEYS = {
-    *(f"{what}_{when}{of}" for what in ("kl_per_token", "grammatical") for when in ("before", "after") for of in ("", "_train")),
+    *(
+        f"{what}_{when}{of}"
+        for what in ("kl_per_token", "grammatical", "accuracy")
+        for when in ("before", "after")
+        for of in ("", "_train")
+    ),
     "grammatical_reference",
     "grammatical_reference_train",
     "mismatch_mean",
@@ -44,18 +56,22 @@ KEYS = {
     "trained_tokens",
     "steps",
     "evaluations",
-}  # fmt: skip
+}
 
 
 def test_figures_come_from_the_rows() -> None:
     assert summarize_run(ROWS, SAMPLES) == {
         "kl_per_token_before": 1.5,
         "kl_per_token_after": 0.125,
+        "accuracy_before": 0.0625,
+        "accuracy_after": 0.5,
         "grammatical_before": 0.25,
         "grammatical_after": 0.75,
         "grammatical_reference": 0.9375,
         "kl_per_token_before_train": 1.25,
         "kl_per_token_after_train": 0.25,
+        "accuracy_before_train": None,
+        "accuracy_after_train": None,
         "grammatical_before_train": 0.5,
         "grammatical_after_train": 0.5,
         "grammatical_reference_train": None,
@@ -70,11 +86,17 @@ def test_figures_come_from_the_rows() -> None:
                 "step": 0,
                 "eval/heldout/kl_per_token": 1.5,
                 "eval/heldout/grammatical": 0.25,
+                "eval/heldout/accuracy": 0.0625,
                 "eval/train/kl_per_token": 1.25,
                 "eval/train/grammatical": 0.5,
             },
             {"step": 2, "eval/heldout/kl_per_token": 0.5, "eval/heldout/grammatical": 0.75},
-            {"step": 3, "eval/heldout/kl_per_token": 0.125, "eval/train/kl_per_token": 0.25},
+            {
+                "step": 3,
+                "eval/heldout/accuracy": 0.5,
+                "eval/heldout/kl_per_token": 0.125,
+                "eval/train/kl_per_token": 0.25,
+            },
         ],
     }
 
@@ -153,8 +175,8 @@ def test_a_run_that_logged_nothing_took_no_seconds(tmp_path: Path) -> None:
 # --- samples ------------------------------------------------------------------------------------------------------
 
 
-def answers(text: str, judged: bool | None = None, num: int = 3) -> list[Answer]:
-    return [Answer(f"prompt {i}", f"{text} {i}", 0.5, 4, judged) for i in range(num)]
+def answers(text: str, judged: bool | None = None, num: int = 3, accuracy: float | None = None) -> list[Answer]:
+    return [Answer(f"prompt {i}", f"{text} {i}", 0.5, 4, judged, accuracy) for i in range(num)]
 
 
 def test_the_first_answers_are_before_and_the_newest_after(tmp_path: Path) -> None:
@@ -171,11 +193,21 @@ def test_the_first_answers_are_before_and_the_newest_after(tmp_path: Path) -> No
             "prompt": f"prompt {i}",
             "before": f"old {i}",
             "grammatical_before": False,
+            "accuracy_before": None,
             "after": f"new {i}",
             "grammatical_after": True,
+            "accuracy_after": None,
         }
         for i in range(2)
     ]
+
+
+def test_how_right_an_answer_was_stands_beside_it(tmp_path: Path) -> None:
+    samples = Samples(tmp_path / "samples.json")
+    samples.add("heldout", answers("old", num=1, accuracy=0.0), num=1)
+    samples.add("heldout", answers("new", num=1, accuracy=0.5), num=1)
+    (row,) = samples.content["sets"]["heldout"]
+    assert (row["accuracy_before"], row["accuracy_after"]) == (0.0, 0.5)
 
 
 def test_a_resumed_run_keeps_its_answers_from_before_training(tmp_path: Path) -> None:

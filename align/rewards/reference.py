@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +18,7 @@ class ReferenceRewardConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["reference"] = Field("reference", description="Kind of the reward.")
     alpha: float = Field(
         0.0,
         ge=0,

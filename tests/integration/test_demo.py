@@ -90,6 +90,8 @@ def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) 
         "filter/dropped_passed",
         "filter/pass_rate",
         "filter/skipped",
+        "eval/heldout/accuracy",
+        "eval/train/accuracy",
         "importance/truncated_fraction",
         "importance/weight_mean",
         "kl/coefficient",
