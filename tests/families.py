@@ -48,11 +48,8 @@ class Family:
 
 FAMILIES = {
     "qwen3": Family("qwen3", tied=True, kv_heads=2),
-    "qwen3_untied": Family("qwen3", tied=False, kv_heads=1),
-    "qwen2": Family("qwen2", tied=True, kv_heads=2, more={"hidden_size": 128}),
     "llama": Family("llama", tied=False, kv_heads=2),
-    "llama_tied": Family("llama", tied=True, kv_heads=4),
-    "mistral_window": Family("mistral", tied=False, kv_heads=2, more={"sliding_window": WINDOW}),
+    "mistral": Family("mistral", tied=False, kv_heads=2, more={"sliding_window": WINDOW}),
     "gemma2": Family(
         "gemma2",
         tied=True,
