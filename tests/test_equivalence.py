@@ -1,8 +1,8 @@
 """Configs that must be equal give one curve over five steps of the real learner; every bundle is covered, new ones too.
 
 The policy is a table over the process of `enumeration.py`. Each run samples from its own current policy with the same random
-numbers, so that two runs stay equal only as long as their steps are. A curve is loss, gradient norm and mean reward of every step,
-and the weights at the end. Adam forgets the scale of a gradient (its epsilon is scaled along); the gradient norm does not.
+numbers, so that two runs stay equal only as long as their steps are. A curve is the loss, gradient norm and mean reward of each
+step, and the weights at the end. Adam forgets the scale of a gradient (its epsilon is scaled along); the gradient norm does not.
 """
 
 from __future__ import annotations
