@@ -73,7 +73,13 @@ FAMILIES = {
         kv_heads=2,
         more={**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 64, "decoder_sparse_step": 1},
     ),
-    "olmoe": Family("olmoe", tied=False, kv_heads=4, more={**_EXPERTS, "num_experts": 4, "hidden_size": 128}),
+    # vLLM never normalises the weights of OLMoE's experts, whatever norm_topk_prob says; its default is false.
+    "olmoe": Family(
+        "olmoe",
+        tied=False,
+        kv_heads=4,
+        more={**_EXPERTS, "num_experts": 4, "hidden_size": 128, "norm_topk_prob": False},
+    ),
     "mixtral": Family("mixtral", tied=False, kv_heads=2, more={"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 

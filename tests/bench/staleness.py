@@ -23,12 +23,12 @@ from typing import Any
 RESULTS = Path("deploy/runs/results/staleness.json")
 RUN = Path("deploy/runs/demo.toml")
 COMMON = {
-    "run.steps": 40,
+    "run.steps": 60,
     "run.prompts_per_step": 16,
     "optimizer.lr": 4e-3,
-    "evaluation.every": 40,
+    "evaluation.every": 60,
     "evaluation.max_prompts": 128,
-    "checkpoint.every": 40,
+    "checkpoint.every": 60,
 }
 """The demo scaled down; a learning rate so high that staleness shows."""
 ARMS: dict[str, dict[str, Any]] = {
