@@ -7,7 +7,7 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real demo-grpo test test-fast lint format
+.PHONY: setup demo demo-plain demo-real demo-grpo test test-fast lint format bench-variance bench-staleness
 
 setup: $(VENV)/.installed
 
@@ -54,3 +54,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-variance: setup
+	$(BIN)/python -m tests.bench.variance
+
+bench-staleness: setup models/tiny
+	$(BIN)/python -m tests.bench.staleness

@@ -58,7 +58,13 @@ class Policy:
         from transformers import AutoModelForCausalLM
 
         directory = checked_model_directory(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, **_LOCAL)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            use_safetensors=True,
+            attn_implementation=_attention(directory),
+            **_LOCAL,
+        )
         return cls(model.to(device).eval(), load_tokenizer(directory), compute_dtype)
 
     def save(self, directory: Path, dtype: str = "float32") -> None:
@@ -79,9 +85,18 @@ class Policy:
         return int(self.model.config.vocab_size)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter once (a tied head is not repeated), by its Hugging Face name."""
+        """Every parameter once (a tied head is not repeated), by its name in a Hugging Face folder.
+
+        transformers holds the experts of a mixture in one tensor, folders and vLLM know each by itself. The parts are views
+        or copies, made one parameter at a time.
+        """
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+            held = {name: parameter.detach()}
+            stored = revert_weight_conversion(self.model, held) if isinstance(self.model, PreTrainedModel) else held
+            yield from stored.items()
 
     def logits(self, token_ids: Tensor, start: int = 1) -> Tensor:
         """Logits of the distributions that tokens `start .. T-1` are drawn from. The one place with the shift by one.
@@ -239,6 +254,14 @@ def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
     """`H = Z - sum_v p(v) * logit(v)` with Z the log-normalizer. [T, V], [T] -> [T]."""
     probabilities = (logits - normalizer[:, None]).exp_()
     return normalizer - (probabilities * logits).sum(dim=-1)
+
+
+def _attention(directory: Path) -> str | None:
+    """Which attention transformers is to use; None leaves it the choice.
+
+    Its default, torch's fused one, ignores the soft cap that Gemma 2 puts on attention scores, without a word.
+    """
+    return "eager" if getattr(text_config(directory), "attn_logit_softcapping", None) else None
 
 
 def text_config(directory: Path) -> Any:

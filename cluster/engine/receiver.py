@@ -27,11 +27,12 @@ def read_staged(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def repack_cpu_heads(model: torch.nn.Module) -> None:
-    """Pack the output head again after a reload.
+def repack_on_cpu(model: torch.nn.Module) -> None:
+    """Pack again what vLLM's reload on CPU leaves behind; there it keeps a packed copy of every matrix.
 
-    On CPU vLLM keeps a packed copy of every matrix. Its reload re-packs the module that owns a parameter; a head tied to
-    the embedding owns none, keeps the old copy, and would go on serving the old weights.
+    The reload packs the module that owns a parameter. A head tied to the embedding owns none, keeps the old copy, and would go
+    on serving the old weights. The experts of a mixture are packed at the first load alone (`is_weight_update` in vLLM's
+    `UnquantizedFusedMoEMethod`): a reload lays plain weights where the kernel reads packed ones, and it computes nonsense.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform
@@ -40,6 +41,8 @@ def repack_cpu_heads(model: torch.nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
+            elif kernel := getattr(getattr(module, "quant_method", None), "moe_kernel", None):
+                kernel.fused_experts.process_weights_after_loading(module)
 
 
 @dataclass
@@ -78,7 +81,7 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInit, SharedMemoryUp
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        repack_cpu_heads(self.model)
+        repack_on_cpu(self.model)
 
     def shutdown(self) -> None:
         """Nothing to close."""
