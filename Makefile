@@ -7,7 +7,7 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real test test-fast lint format
+.PHONY: setup demo demo-plain demo-real bench-algorithms test test-fast lint format
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,9 @@ demo-plain: setup models/tiny
 
 demo-real: setup models/smollm2 models/smollm2-4bit
 	$(BIN)/align train deploy/runs/smollm2_heal.toml
+
+bench-algorithms: setup models/tiny
+	$(BIN)/python -m tests.bench.algorithms
 
 test: setup
 	$(BIN)/python -m pytest
