@@ -63,7 +63,7 @@ GOALS: Mapping[str, Goal] = {
     "reinforce++": Goal(0.75, 16),
     "rloo": Goal(0.75, 14),
     "grpo": Goal(0.75, 18),
-    "dr_grpo": Goal(0.7, 8),
+    "dr_grpo": Goal(0.7, 10),
     "dapo": Goal(0.7, 12),
     "gspo": Goal(0.7, 10),
     "cispo": Goal(0.7, 12),
