@@ -7,7 +7,7 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real demo-grpo test test-fast lint format bench-variance bench-staleness
+.PHONY: setup demo demo-plain demo-real demo-grpo test test-fast lint format bench-algorithms bench-variance bench-staleness
 
 setup: $(VENV)/.installed
 
@@ -39,6 +39,9 @@ demo-real: setup models/smollm2 models/smollm2-4bit
 
 demo-grpo: setup models/smollm2
 	$(BIN)/align train deploy/runs/smollm2_addition.toml
+
+bench-algorithms: setup models/tiny
+	$(BIN)/python -m tests.bench.algorithms
 
 test: setup
 	$(BIN)/python -m pytest

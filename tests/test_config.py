@@ -19,7 +19,7 @@ from cluster.folder import resolved
 from cluster.rollout import engine_settings
 from tests.run_files import config, write
 
-RUN_FILES = sorted((Path(__file__).parent.parent / "deploy" / "runs").glob("*.toml"))
+RUN_FILES = sorted((Path(__file__).parent.parent / "deploy" / "runs").rglob("*.toml"))
 
 
 def refused(path: Path, *overrides: str) -> str:
