@@ -3,7 +3,7 @@
 `family_probe.py` measures, one engine after the other; the two types run beside each other. Bounds, on random models of two
 layers and sequences of 48 tokens (windows see 16), per sampled token:
 
-* float32: every token within 1e-4 nats (measured: at most 1e-5 in every family);
+* float32: every token within 1e-4 nats (measured: at most 1e-5 in each; OLMoE not yet);
 * bfloat16: see `BFLOAT16_MEAN`. The engine rounds weights and activations, the learner computes in bfloat16 over float32
   weights, so neither is exact.
 """
@@ -24,9 +24,9 @@ from tests.families import FAMILIES, WINDOW, write
 pytestmark = pytest.mark.integration
 
 FLOAT32_MAX = 1e-4
-BFLOAT16_MEAN = dict.fromkeys(FAMILIES, 0.05) | {"gemma2": 0.02, "gemma3": 0.02}
+BFLOAT16_MEAN = dict.fromkeys(FAMILIES, 0.05) | {"gemma2": 0.02, "gemma3": 0.02, "mixtral": 0.08, "olmoe": 0.08}
 """Mean difference in nats by family. Measured: Qwen3 0.016, Llama 0.021, Mistral 0.020, Gemma 2 0.007, Gemma 3 0.008, Qwen3-MoE
-0.023; single tokens up to 0.09, and up to 0.75 where rounding sends a token to another expert."""
+0.023, Mixtral 0.034; single tokens up to 0.09, and up to 1.2 where rounding sends a token to another expert."""
 PROBE = Path(__file__).with_name("family_probe.py")
 Found = dict[str, dict[str, Any]]
 
