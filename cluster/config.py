@@ -165,6 +165,11 @@ class RunConfig(Section):
             else None,
         ]
 
+    @property
+    def refresh_every(self) -> int:
+        """Steps between refreshes of the reference; 0 for none."""
+        return self.reference.refresh_every
+
     @cached_property
     def engine_dtype(self) -> str:
         """Type of the engines' weights and activations."""

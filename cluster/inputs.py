@@ -35,7 +35,7 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         check_vocabularies(policy, reference, *folders)
         vocab_size = _num_logits(*folders)
         _check_context(cfg.rollout.max_model_len, *folders)
-        if cfg.reference.refresh_every:
+        if cfg.refresh_every:
             _check_same_shape(*folders)
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)

@@ -76,7 +76,7 @@ def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
     """
     learner = 0 if cfg.learner.num_gpus else 4 * weights_bytes
     engine = 0 if cfg.rollout.num_gpus else weights_bytes + (cfg.rollout.kv_cache_bytes or 0)
-    scorer = 0 if cfg.scorer.num_gpus else weights_bytes * (2 if cfg.reference.refresh_every else 1)
+    scorer = 0 if cfg.scorer.num_gpus else weights_bytes * (2 if cfg.refresh_every else 1)
     needed = learner + cfg.rollout.num_actors * engine + cfg.scorer.num_actors * scorer
     if needed > memory_bytes:
         raise ResourceError(
