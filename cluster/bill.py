@@ -93,7 +93,7 @@ def _scorer(cfg: RunConfig, model: ModelShape | None) -> Role:
         return Role("scorer", *processes, 0, 0, "rewards without a reference model")
     on_gpu = scorer.num_gpus > 0
     copies = 4 + (2 if cfg.scorer_dtype == "bfloat16" and not on_gpu else 0)
-    copies += 8 if cfg.reference.refresh_every else 0
+    copies += 8 if cfg.refresh_every else 0
     logits = 4 * scorer.max_tokens_per_micro_batch * model.vocab_size
     total = copies * model.num_parameters + logits
     return Role(

@@ -136,6 +136,9 @@ class RunConfig(Section):
             f"a [reference] is needed for {' and '.join(self.reference_readers)}"
             if self.reference is None and self.reference_readers
             else None,
+            "reference.refresh_every moves a reference that only evaluations read; they stay with the first one"
+            if self.refresh_every and not self.reference_readers
+            else None,
             *(
                 f"reward 'overlong' begins above {p.max_tokens - p.cache_tokens} tokens, which sampling.max_tokens "
                 f"({sampling.max_tokens}) never lets a completion reach"
@@ -213,6 +216,11 @@ class RunConfig(Section):
             f"algorithm.distillation = {self.algorithm.distillation!r}": self.algorithm.distillation != "none",
         }
         return [name for name, reads in readers.items() if reads]
+
+    @property
+    def refresh_every(self) -> int:
+        """Steps between refreshes of the reference; 0 for none."""
+        return self.reference.refresh_every if self.reference else 0
 
     @cached_property
     def engine_dtype(self) -> str:

@@ -49,7 +49,7 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         for folder in critics:
             check_vocabularies(policy, _load_tokenizer(folder), folders[0], folder, "critic")
         _check_context(cfg.rollout.max_model_len, *folders, *critics)
-        if cfg.reference and cfg.reference.refresh_every:
+        if cfg.refresh_every:
             _check_same_shape(*folders)
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)

@@ -76,7 +76,7 @@ def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
     """
     learner = 0 if cfg.learner.num_gpus else 4 * weights_bytes
     engine = 0 if cfg.rollout.num_gpus else weights_bytes + (cfg.rollout.kv_cache_bytes or 0)
-    copies = 0 if cfg.scorer.num_gpus or cfg.reference is None else 1 + bool(cfg.reference.refresh_every)
+    copies = 0 if cfg.scorer.num_gpus or cfg.reference is None else 1 + bool(cfg.refresh_every)
     scorer = copies * weights_bytes
     needed = learner + cfg.rollout.num_actors * engine + cfg.scorer.num_actors * scorer
     if needed > memory_bytes:

@@ -117,7 +117,7 @@ class Training:
         self.workers = await start_workers(cfg, self.folder.path, policy, canary, self.console)
         self.reference = MovingReference(
             self.folder.path / "reference",
-            cfg.reference.refresh_every if cfg.reference else 0,
+            cfg.refresh_every,
             self.workers.learner.export_reference,
             self.workers.scorers.load_reference,
         )

@@ -214,6 +214,11 @@ def learner(model_folder: Path, tmp_path: Path) -> LearnerActor:
     )
 
 
+def scorer_of(folder: Path, compute_dtype: str) -> ScorerActor:
+    """A scorer whose reward is the log-probability under the reference in this folder."""
+    return ScorerActor(folder, ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
+
+
 def group() -> Group:
     completions = ([5, 6, 7, 0], [9, 0])
     trajectories = tuple(
@@ -236,11 +241,11 @@ def test_a_scorer_that_took_the_policy_scores_as_one_that_was_built_from_it(
     fingerprint = learner.fingerprint()
     random_qwen3(seed=1).save_pretrained(tmp_path / "first")
     learner.policy.tokenizer.save_pretrained(tmp_path / "first")
-    scorer = ScorerActor(tmp_path / "first", ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
-    untouched = ScorerActor(tmp_path / "first", ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
+    scorer = scorer_of(tmp_path / "first", compute_dtype)
+    untouched = scorer_of(tmp_path / "first", compute_dtype)
     before, _ = scorer.score(group())
     assert scorer.load_reference(folder) == fingerprint
-    built = ScorerActor(folder, ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
+    built = scorer_of(folder, compute_dtype)
     (after, outcomes), (expected, expected_outcomes) = scorer.score(group()), built.score(group())
     for one, other, old in zip(after, expected, before, strict=True):
         assert np.array_equal(one.rewards, other.rewards)
@@ -258,7 +263,7 @@ def test_a_reference_of_other_weights_has_another_fingerprint(learner: LearnerAc
     torn = Policy.load(tmp_path / "saved")
     next(torn.model.parameters()).view(-1)[0] += 1e-3
     torn.save(tmp_path / "torn")
-    scorer = ScorerActor(tmp_path / "saved", ReferenceRewardConfig(), ScorerConfig(), "float32")
+    scorer = scorer_of(tmp_path / "saved", "float32")
     assert scorer.load_reference(tmp_path / "torn") != fingerprint
 
 
