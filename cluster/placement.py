@@ -147,7 +147,7 @@ def _start(weights_bytes: int) -> Any:
 def _init(what: str, **options: Any) -> Any:
     try:
         return ray.init(namespace="align", logging_level="ERROR", log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises a bare one when a node takes longer than 30 s to come up
         raise ResourceError(
             f"could not {what}: {error}", "check RAY_ADDRESS and the cluster's token, or try again"
         ) from None

@@ -67,6 +67,9 @@ GOALS: Mapping[str, Goal] = {
     "dapo": Goal(0.7, 12),
     "gspo": Goal(0.7, 10),
     "cispo": Goal(0.7, 12),
+    "ppo": Goal(0.8, 30),
+    "scalerl": Goal(0.7, 12),
+    "on_policy_distillation": Goal(0.8, 40),
 }
 
 
