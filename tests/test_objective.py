@@ -113,6 +113,7 @@ def test_every_bundle_has_a_name_that_a_run_file_may_give_and_every_name_a_bundl
         ({"name": "grpo", "kl_estimator": "k1"}, "'k1' in the loss has an expected gradient of 0"),
         ({"name": "rloo", "kl_estimator": "k3_grad_k2"}, "a reward has none; choose k3"),
         ({"rewards": "none"}, "'none' leaves nothing to learn from"),
+        ({"name": "on_policy_distillation", "reward_range": (0.0, 1.0)}, "reward_range is read by nothing"),
         ({"rewards": "process", "baseline": "batch_mean"}, "baseline must be 'none'"),
         ({"rewards": "process", "kl": "reward", "kl_coefficient": 0.1}, "would compare the KL of steps"),
         ({"name": "grpo", "batch_std": True}, "would scale advantages twice"),
