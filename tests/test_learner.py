@@ -166,7 +166,7 @@ def test_extra_columns_of_padding_change_nothing_at_all(new_policy: PolicyFactor
         **{
             field.name: torch.nn.functional.pad(value, (0, 7), value=3 if field.name == "token_ids" else 0)
             for field in dataclasses.fields(batch)
-            if (value := getattr(batch, field.name)).dim() == 2
+            if (value := getattr(batch, field.name)) is not None and value.dim() == 2
         },
     )
     gradients, stats = update(new_learner(new_policy()), batch)
