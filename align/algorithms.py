@@ -256,13 +256,13 @@ class AlgorithmConfig(BaseModel):
     entropy_guard: Literal["none", "clip_cov", "kl_cov"] = Field(
         "none",
         description="Tokens whose log-probability and advantage vary together most lose their gradient (clip_cov), or pay "
-        "guard_coefficient * |log pi - log mu| (kl_cov).",
+        "guard_coefficient * KL(mu || pi), estimated by k3 (kl_cov).",
     )
     guard_fraction: float = Field(2e-4, gt=0, le=1, description="Share of the batch's tokens that are guarded.")
     guard_band: tuple[float, float] = Field(
         (1.0, 5.0), description="clip_cov: (least, largest) covariance of a token that may be guarded."
     )
-    guard_coefficient: float = Field(1.0, gt=0, description="kl_cov: nats paid per nat of distance.")
+    guard_coefficient: float = Field(1.0, gt=0, description="kl_cov: weight of the KL divergence.")
     distillation: Literal["none", "reverse_kl", "forward_kl", "jensen_shannon"] = Field(
         "none",
         description="Divergence from the reference's next-token distribution in the loss: KL(pi || ref), KL(ref || pi), or "
@@ -331,6 +331,9 @@ class AlgorithmConfig(BaseModel):
             ),
             "rewards = 'none' leaves nothing to learn from: it needs kl = 'reward' or a distillation": (
                 self.rewards == "none" and self.kl != "reward" and self.distillation == "none"
+            ),
+            "reward_range is read by nothing: rewards is 'none'": (
+                self.rewards == "none" and self.reward_range is not None
             ),
             "batch_std = true beside group_std or whiten would scale advantages twice": (
                 self.batch_std and (self.group_std or self.whiten)

@@ -4,9 +4,11 @@ Pure functions of tensors. The selection is made once for a whole batch, from th
 micro-batches change nothing.
 
 Source: Cui et al. (2025), The entropy mechanism of reinforcement learning for reasoning language models: the entropy falls with
-the covariance of log-probability and advantage. Departs from the authors' code (as in verl) in two ways. There the covariance
-is taken within each micro-batch and with the current log-probabilities, which on-policy are those at sampling time; and Clip-Cov
+the covariance of log-probability and advantage. Departs from the authors' code (as in verl) in three ways. There the covariance
+is taken within each micro-batch and with the current log-probabilities, which on-policy are those at sampling time. Clip-Cov
 draws its tokens at random from a band, where these are the ones of highest covariance in it, so that a run can be repeated.
+KL-Cov charges |log pi - log mu|, whose slope stays 1 however small the distance is, where here it is the k3 estimate of the
+paper's KL(mu || pi), which ignores rounding between engine and learner.
 """
 
 from __future__ import annotations

@@ -197,11 +197,11 @@ class Objective:
                 return corrections.interpolated_logprobs(logprobs, part.behavior_logprobs, version - part.versions)
 
     def _guarded(self, part: Batch, guarded: Tensor, token_losses: Tensor, logprobs: Tensor) -> Tensor:
-        """The losses with the guard's: guarded tokens lose theirs, or pay for each nat between policy and behaviour."""
+        """The losses with the guard's: guarded tokens lose theirs, or pay for KL(mu || pi)."""
         if self.cfg.entropy_guard == "clip_cov":
             return token_losses.masked_fill(guarded, 0.0)
-        distance = (logprobs - part.behavior_logprobs).abs()
-        return token_losses + self.cfg.guard_coefficient * distance.where(guarded, 0.0)
+        away = losses.kl_estimate(part.behavior_logprobs, logprobs, "k3")
+        return token_losses + self.cfg.guard_coefficient * away.where(guarded, 0.0)
 
     def _divergence(self, part: Batch, output: TokenLogprobs) -> tuple[Tensor, Tensor]:
         """Distance of policy and reference at each token, and the reference's probability of what it ranks lower. [B, T]."""

@@ -128,6 +128,7 @@ def test_every_bundle_has_a_name_that_a_run_file_may_give_and_every_name_a_bundl
         ({"kl_target": 6.0}, "kl_target is read by nothing: kl is 'none'"),
         ({"kl_horizon": 100}, "kl_horizon is read by nothing: there is no kl_target"),
         ({"rewards": "none"}, "'none' leaves nothing to learn from"),
+        ({"name": "on_policy_distillation", "reward_range": (0.0, 1.0)}, "reward_range is read by nothing"),
         ({"rewards": "process", "baseline": "batch_mean"}, "baseline must be 'none'"),
         ({"rewards": "process", "kl": "reward", "kl_coefficient": 0.1}, "would compare the KL of steps"),
         ({"name": "grpo", "batch_std": True}, "would scale advantages twice"),

@@ -234,8 +234,8 @@ def test_trajectories_that_earned_enough_are_imitated_by_hand() -> None:
 # --- guards ------------------------------------------------------------------------------------------------------
 
 
-def test_clip_cov_takes_the_gradient_of_its_tokens_and_kl_cov_charges_their_distance() -> None:
-    """Off-policy by a factor 2 at the guarded token 0, whose log-probability and advantage are both the largest."""
+def test_clip_cov_takes_the_gradient_of_its_tokens_and_kl_cov_charges_their_divergence() -> None:
+    """Off-policy by a ratio r = 2 at the guarded token 0; the slope of `r - 1 - log r` by the log-probability is r - 1."""
     p = torch.tensor([0.5, 0.3, 0.2])
     batch = three_rows(([0, 0], [0], [0]))
     batch.token_ids[1, 1] = 0
@@ -250,7 +250,7 @@ def test_clip_cov_takes_the_gradient_of_its_tokens_and_kl_cov_charges_their_dist
     clipped, stats = update(new_learner(bandit(p), entropy_guard="clip_cov", guard_band=(-9.0, 9.0), **guard), batch)
     assert not clipped["table"].any()
     charged, _ = update(new_learner(bandit(p), entropy_guard="kl_cov", guard_coefficient=3.0, **guard), batch)
-    torch.testing.assert_close(charged["table"][0], (3.0 - 2 * 4) * score)
+    torch.testing.assert_close(charged["table"][0], (3.0 * (2 - 1) - 2 * 4) * score)
     values = reduced(stats)
     assert values["guard/token_fraction"] == 0.25
     logprobs, advantages = batch.behavior_logprobs[batch.loss_mask], torch.tensor([0.0, 0.0, 4.0, 0.0])
@@ -275,10 +275,9 @@ def test_what_is_out_of_the_band_is_dropped_counted_and_the_rest_is_not_weighted
 # --- truncated support -------------------------------------------------------------------------------------------
 
 
-def truncated_learner(top_k: int, top_p: float) -> Learner:
-    return Learner(
-        bandit(), AlgorithmConfig(), OptimizerConfig(max_grad_norm=math.inf), LearnerConfig(), 1, 1.0, top_k, top_p
-    )
+def truncated_learner(top_k: int, top_p: float, **parts: Any) -> Learner:
+    optimizer = OptimizerConfig(max_grad_norm=math.inf)
+    return Learner(bandit(), AlgorithmConfig(**parts), optimizer, LearnerConfig(), 1, 1.0, top_k, top_p)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (0, 0.7)])
@@ -299,6 +298,18 @@ def test_the_learner_has_the_samplers_distribution_and_its_gradient(top_k: int, 
     assert values["mismatch/abs_max"] < 1e-6
     assert values["support/outside_fraction"] == 0
     assert values["policy/entropy"] == pytest.approx(oracle.entropy([5 / 8, 3 / 8]), rel=1e-5)
+
+
+def test_the_entropy_bonus_is_that_of_the_truncated_distribution_and_has_its_gradient() -> None:
+    """`dH/dlogit_v = -p_v (log p_v + H)` over the tokens that are kept, 0 for the others."""
+    learner = truncated_learner(2, 1.0, entropy_coefficient=0.2, aggregation="token_mean")
+    batch = three_rows(([0, 0], [0], [0]))
+    batch.token_ids[:, 1:] = torch.tensor([[0, 1], [0, 0], [1, 0]])
+    gradients, _ = update(learner, batch)
+    p = torch.tensor([5 / 8, 3 / 8])
+    entropy = -(p * p.log()).sum()
+    torch.testing.assert_close(gradients["table"][0, :2], 0.2 * p * (p.log() + entropy))
+    assert gradients["table"][0, 2] == 0
 
 
 def test_a_sampled_token_outside_the_learners_support_is_kept_and_counted() -> None:

@@ -35,6 +35,17 @@ def straight_through_gradient(
     return (-ratio * coefficients * free / (mask.any(1).sum() * count)).masked_fill(~mask, 0.0)
 
 
+def charged_distance(
+    mask: Tensor, logprobs: Tensor, old: Tensor, guarded: Tensor, weights: Tensor | None, coefficient: float
+) -> dict[str, Tensor]:
+    """What KL-Cov adds to loss and gradient with |log pi - log old| at the guarded tokens, a mean over tokens."""
+    leaf = logprobs.clone().requires_grad_()
+    distance = coefficient * (leaf - old).abs() * (1.0 if weights is None else weights)
+    loss = distance.masked_fill(~guarded, 0.0).sum() / mask.sum()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return {"loss": loss.detach(), "gradient": gradient}
+
+
 def restarted_returns(rewards: Tensor, mask: Tensor, discount: float) -> Tensor:
     """`G_t = R_t + discount * G_{t+1}` whose memory a column outside the mask wipes."""
     result, running = torch.zeros_like(rewards), torch.zeros(len(rewards), dtype=rewards.dtype)

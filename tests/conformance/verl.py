@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align import guards, losses, returns, surrogates
 from tests.conformance import critics, verl_advantages, verl_corrections
-from tests.conformance.departures import straight_through_gradient
+from tests.conformance.departures import charged_distance, straight_through_gradient
 from tests.conformance.peers import (
     EXACT,
     WITH_EPSILON,
@@ -208,15 +208,19 @@ def guarded(guard: str) -> Callable[[Case], Verdict]:
             clipped = surrogates.ppo_clip(logprobs, old, advantages, mask, parts["clip_low"], parts["clip_high"])[1]
             covariance = covariance.masked_fill(clipped, -math.inf)
         theirs = guards.highest(covariance, mask, fraction, *band)
-        explained = loss_of(
-            mask, logprobs, old, advantages, weights=weights, guarded=theirs, entropy_guard=guard, **parts
-        )
-        if torch.equal(theirs, ours["guarded"]):
+        if torch.equal(logprobs, old):
             return Equal(pairs, WITH_EPSILON)
-        reason = (
-            "covariances of the current log-probs, which a clip takes tokens out of; ours are those at sampling time"
-        )
-        return Differs(reason, pairs, WITH_EPSILON, {name: explained[name] for name in pairs})
+        if guard == "clip_cov":
+            explained = loss_of(*arguments(case), weights=weights, guarded=theirs, entropy_guard=guard, **parts)
+            reason = (
+                "covariances of the current log-probs, less those of clipped tokens; ours are those at sampling time"
+            )
+            return Differs(reason, pairs, WITH_EPSILON, {name: explained[name] for name in pairs})
+        parts.pop("guard_coefficient")
+        plain = loss_of(*arguments(case), weights=weights, **parts)
+        more = charged_distance(mask, logprobs, old, theirs, weights, case.params["ppo_kl_coef"])
+        reason = "covariances of the current log-probs, and |log ratio| is charged where ours is an estimate of the KL"
+        return Differs(reason, pairs, WITH_EPSILON, {name: plain[name] + more[name] for name in pairs})
 
     return handler
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from align.support import restricted
+
 
 async def probe(model_dir: Path) -> dict[str, Any]:
     """All measurements on one engine, and those on an engine with a trap."""
@@ -95,7 +97,7 @@ async def truncated_sampling(engine: Any, weights: Weights) -> dict[str, Any]:
     """With top-k and top-p the reported log-probabilities are those of the truncated distribution."""
     from cluster.engine import Sampling
 
-    worst, worst_full = 0.0, 0.0
+    worst, worst_full, worst_learner = 0.0, 0.0, 0.0
     sampling = Sampling(16, temperature=0.7, top_p=0.8, top_k=10)
     for i, prompt in enumerate(prompts(8, 8, seed=1)):
         completion = await engine.generate(prompt, sampling, i)
@@ -103,7 +105,13 @@ async def truncated_sampling(engine: Any, weights: Weights) -> dict[str, Any]:
         for row, token, reported in zip(logits, completion.token_ids, completion.logprobs, strict=True):
             worst = max(worst, abs(_truncated_logprob(row, token, 10, 0.8) - reported))
             worst_full = max(worst_full, abs(float(torch.log_softmax(row, -1)[token]) - reported))
-    return {"truncated_max": worst, "truncated_against_full_max": worst_full}
+            limited, _ = restricted(row[None], torch.tensor([token]), 10, 0.8)
+            worst_learner = max(worst_learner, abs(float(torch.log_softmax(limited[0], -1)[token]) - reported))
+    return {
+        "truncated_max": worst,
+        "truncated_against_full_max": worst_full,
+        "truncated_against_learner_max": worst_learner,
+    }
 
 
 def _truncated_logprob(logits: torch.Tensor, token: int, top_k: int, top_p: float) -> float:

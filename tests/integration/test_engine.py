@@ -54,6 +54,7 @@ def test_engine_and_learner_agree_at_equal_version(found: dict[str, Any]) -> Non
 
 def test_logprobs_are_those_of_the_truncated_distribution(found: dict[str, Any]) -> None:
     assert found["truncated_max"] <= 1e-4
+    assert found["truncated_against_learner_max"] <= 1e-4
     assert found["truncated_against_full_max"] > 0.01, "top-k and top-p were not at work, the test shows nothing"
 
 
