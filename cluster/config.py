@@ -149,6 +149,10 @@ class RunConfig(Section):
             "policy keeps, which is what the sampler kept at equal version only"
             if sampling.truncates and self.run.max_staleness > 0
             else None,
+            "sampling.top_p < 1 or top_k > 0 needs algorithm.num_epochs = 1 and num_minibatches = 1: after the first optimizer step "
+            "the policy keeps other tokens than the sampler did"
+            if sampling.truncates and algorithm.num_epochs * algorithm.num_minibatches > 1
+            else None,
             f"algorithm.distillation = {algorithm.distillation!r} needs sampling.top_p = 1 and top_k = 0: the divergence is that "
             "of whole distributions"
             if sampling.truncates and algorithm.distillation != "none"
