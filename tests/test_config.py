@@ -256,6 +256,7 @@ DROPS = ["filter.drop_without_signal=true", "algorithm.name=grpo", "run.group_si
         (["sampling.top_p=0.9", "run.max_staleness=1"], "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0"),
         (["sampling.top_k=50", "run.max_staleness=1"], "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0"),
         (["sampling.top_k=50", "algorithm.distillation=reverse_kl"], "needs sampling.top_p = 1 and top_k = 0"),
+        (["sampling.top_k=50", "algorithm.num_epochs=2"], "needs algorithm.num_epochs = 1 and num_minibatches = 1"),
         (["algorithm.rewards=process"], "algorithm.rewards = 'process' needs run.group_size of at least 2"),
         (["run.max_staleness=1", "algorithm.importance=none"], "'none' needs run.max_staleness = 0"),
         (["algorithm.baseline=group_mean"], "'group_mean' needs run.group_size of at least 2"),
