@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from align.policy import Policy, load_tokenizer
 from align.rewards import Reward
 from align.rewards.kinds import RewardConfig, WithReference, make_reward, reads_reference
+from align.rewards.outcome import RewardFailed
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.types import FloatArray, Group, Prompt, TokenRewards
+from cluster.faults import RewardError
 
 
 class ScorerConfig(BaseModel):
@@ -78,8 +80,15 @@ class ScorerActor:
         """Returns once everything is loaded."""
 
     def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], None]:
-        """Rewards of the trajectories of a group, and a None that tells the controller that they are there."""
-        return self.reward(group), None
+        """Rewards of the trajectories of a group, and a None that tells the controller that they are there.
+
+        Raises:
+            RewardError: If the reward raised; the run ends, with the prompt named.
+        """
+        try:
+            return self.reward(group), None
+        except RewardFailed as error:
+            raise RewardError(str(error), "correct the reward, or take the prompt out") from None
 
     @torch.no_grad()
     def log_distributions(self, *groups: Group) -> tuple[list[FloatArray], None]:

@@ -55,13 +55,14 @@ def test_the_reason_is_what_another_message_can_go_on_after() -> None:
 
 def test_codes_are_distinct() -> None:
     codes = [kind.code for kind in CLASSES]
-    assert len(set(codes)) == len(codes) == 11
+    assert len(set(codes)) == len(codes) == 12
 
 
 def test_exit_codes_tell_what_kind_of_thing_went_wrong() -> None:
     assert {kind.__name__: kind.exit_code for kind in CLASSES} == {
         "RunError": 1,
         "CheckpointError": 1,
+        "RewardError": 1,
         "ConfigError": 2,
         "RunFolderError": 2,
         "TrackingError": 2,
