@@ -66,6 +66,13 @@ def test_there_are_run_files_to_ship() -> None:
         {"rollout": {"num_gpus": 2}, "learner": {"num_gpus": 1}, "scorer": {"num_gpus": 0.25}},
         {"run": {"group_size": 4}, "algorithm": {"name": "dapo", "clip_high": 0.3, "reward_range": [-1.0, 1.0]}},
         {"algorithm": {"name": "reinforce++", "dual_clip": 3.0}},
+        {"reward": {"kind": "composite", "parts": [{"reward": {"alpha": 1.0}}, {"reward": {"kind": "exact_match"}}]}},
+        {
+            "prompts": {
+                "files": [],
+                "tasks": {"generator": "reasoning_gym", "dataset": "x", "size": 1, "options": {"a": [1]}},
+            }
+        },
     ],
 )
 def test_every_kind_of_value_survives_the_resolved_form(sections: dict[str, Any], tmp_path: Path) -> None:
