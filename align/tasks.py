@@ -20,10 +20,10 @@ class Generated(BaseModel):
 
 
 class SumsConfig(Generated):
-    """Additions: `34 + 7 =`, with the sum in column `answer`."""
+    """Additions: `34 + 57 =`, with the sum in column `answer`."""
 
     generator: Literal["sums"] = Field("sums", description="The generator.")
-    max_digits: int = Field(2, ge=1, le=9, description="A number has 1 to this many digits, each length as often.")
+    max_digits: int = Field(2, ge=1, le=9, description="Both numbers have 1 to this many digits, each length as often.")
 
 
 class GymConfig(Generated):
@@ -50,12 +50,10 @@ def task_rows(cfg: TaskConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 def _sums(cfg: SumsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     rng = random.Random(cfg.seed)
     for index in range(cfg.size):
-        terms = [_number(rng, rng.randint(1, cfg.max_digits)) for _ in range(2)]
+        num_digits = rng.randint(1, cfg.max_digits)
+        least = 10 ** (num_digits - 1) if num_digits > 1 else 0
+        terms = [rng.randint(least, 10**num_digits - 1) for _ in range(2)]
         yield f"sums {index}", {"prompt": f"{terms[0]} + {terms[1]} =", "answer": str(sum(terms))}
-
-
-def _number(rng: random.Random, num_digits: int) -> int:
-    return rng.randint(10 ** (num_digits - 1) if num_digits > 1 else 0, 10**num_digits - 1)
 
 
 def _gym_entries(cfg: GymConfig) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -120,6 +120,12 @@ def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
+class RewardError(RunError):
+    """A reward raised on a trajectory."""
+
+    code = "REWARD"
+
+
 class RestartBudgetSpent(RunError):
     """Actors were lost more often than the budget allows."""
 

@@ -104,11 +104,14 @@ def _record(cfg: RunConfig) -> str:
 
 def resolved(cfg: RunConfig) -> dict[str, Any]:
     """The whole config tree, ready for TOML: paths as text, unset values left out."""
-    return _without_none(cfg.model_dump(mode="json"))
+    tree: dict[str, Any] = _without_none(cfg.model_dump(mode="json"))
+    return tree
 
 
-def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return [_without_none(item) for item in tree] if isinstance(tree, list) else tree
 
 
 def write_atomically(path: Path, text: str) -> None:

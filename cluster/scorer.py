@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from align.policy import Policy, load_tokenizer
 from align.rewards import Reward
 from align.rewards.kinds import RewardConfig, WithReference, make_reward, reads_reference
+from align.rewards.outcome import RewardFailed
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.types import FloatArray, Group, Prompt, TokenRewards, Trajectory
+from cluster.faults import RewardError
 from cluster.weights import inspect
 
 
@@ -95,8 +97,15 @@ class ScorerActor:
         return fingerprint
 
     def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], tuple[float, ...]]:
-        """Rewards of the trajectories of a group; and their outcomes, for the controller."""
-        scores = self.reward(group)
+        """Rewards of the trajectories of a group; and their outcomes, for the controller.
+
+        Raises:
+            RewardError: If the reward raised; the run ends, with the prompt named.
+        """
+        try:
+            scores = self.reward(group)
+        except RewardFailed as error:
+            raise RewardError(str(error), "correct the reward, or take the prompt out") from None
         pairs = zip(group.trajectories, scores, strict=True)
         return scores, tuple(outcome(trajectory, score) for trajectory, score in pairs)
 

@@ -67,6 +67,13 @@ def test_there_are_run_files_to_ship() -> None:
         {"run": {"group_size": 4}, "algorithm": {"name": "dapo", "clip_high": 0.3, "reward_range": [-1.0, 1.0]}},
         {"algorithm": {"name": "reinforce++", "dual_clip": 3.0}},
         {"algorithm": {"name": "ppo", "value_clip": math.inf}, "critic": {"optimizer": {"lr": 1e-4}, "model": "m"}},
+        {"reward": {"kind": "composite", "parts": [{"reward": {"alpha": 1.0}}, {"reward": {"kind": "exact_match"}}]}},
+        {
+            "prompts": {
+                "files": [],
+                "tasks": {"generator": "reasoning_gym", "dataset": "x", "size": 1, "options": {"a": [1]}},
+            }
+        },
     ],
 )
 def test_every_kind_of_value_survives_the_resolved_form(sections: dict[str, Any], tmp_path: Path) -> None:

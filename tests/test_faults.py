@@ -62,6 +62,7 @@ def test_exit_codes_tell_what_kind_of_thing_went_wrong() -> None:
     assert {kind.__name__: kind.exit_code for kind in CLASSES} == {
         "RunError": 1,
         "CheckpointError": 1,
+        "RewardError": 1,
         "ConfigError": 2,
         "RunFolderError": 2,
         "TrackingError": 2,

@@ -31,11 +31,14 @@ def test_every_answer_is_the_sum() -> None:
     assert all(first + second == answer for first, second, answer in rows)
 
 
-def test_numbers_of_every_length_are_as_frequent() -> None:
-    terms = [term for first, second, _ in sums(size=3000, seed=0, max_digits=3) for term in (first, second)]
-    shares = [sum(len(str(term)) == digits for term in terms) / len(terms) for digits in (1, 2, 3)]
+def test_numbers_of_every_length_are_as_frequent_and_both_of_a_question_have_one_length() -> None:
+    rows = sums(size=3000, seed=0, max_digits=3)
+    assert all(len(str(first)) == len(str(second)) for first, second, _ in rows)
+    shares = [sum(len(str(first)) == digits for first, _, _ in rows) / len(rows) for digits in (1, 2, 3)]
     assert shares == pytest.approx([1 / 3] * 3, abs=0.03)
-    assert (min(terms), max(terms)) == (0, 999)
+    for digits, least in ((1, 0), (2, 10), (3, 100)):
+        terms = [term for first, second, _ in rows for term in (first, second) if len(str(term)) == digits]
+        assert min(terms) - least < 5 and 10**digits - max(terms) <= 5
 
 
 def test_a_seed_always_gives_the_same_questions_and_another_seed_others() -> None:

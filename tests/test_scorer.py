@@ -1,0 +1,65 @@
+"""The scorer actor, in this process: with a reference, without one, and with a reward that raises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align.policy import load_tokenizer
+from align.rewards.exact_match import ExactMatchConfig
+from align.rewards.kinds import RewardConfig
+from align.rewards.reference import ReferenceRewardConfig
+from align.types import Group, Prompt, Ticket
+from cluster.faults import RewardError
+from cluster.scorer import ScorerActor, ScorerConfig
+from tests.trajectories import make_trajectory
+
+TEXT = ExactMatchConfig(extract="text")
+
+
+def scorer(folder: Path, reward: RewardConfig, reference: bool = True, with_ref_logprobs: bool = False) -> ScorerActor:
+    return ScorerActor(folder, folder if reference else None, reward, with_ref_logprobs, ScorerConfig(), "float32")
+
+
+def group(folder: Path, *completions: str, **metadata: object) -> Group:
+    tokenizer = load_tokenizer(folder)
+    prompt = Prompt("p7", "the ", tuple(tokenizer.encode("the ")), metadata)
+    trajectories = tuple(make_trajectory(prompt.token_ids, tokenizer.encode(text)) for text in completions)
+    return Group(Ticket(0, prompt, tuple(range(len(completions)))), trajectories)
+
+
+def test_without_a_reference_a_scorer_reads_tokens_as_the_policy_does_and_loads_no_model(model_folder: Path) -> None:
+    actor = scorer(model_folder, TEXT, reference=False)
+    scores, _ = actor.score(group(model_folder, "cat", "dog", answer="cat"))
+    assert [score.rewards.tolist() for score in scores] == [[0] * 6 + [1], [0] * 7]
+    assert [score.ref_logprobs for score in scores] == [None, None]
+    assert not hasattr(actor, "reference")
+
+
+def test_a_kl_term_gets_the_references_log_probabilities_beside_the_outcome(model_folder: Path) -> None:
+    cats = group(model_folder, "cat", answer="cat")
+    (score,), _ = scorer(model_folder, TEXT, with_ref_logprobs=True).score(cats)
+    (plain,), _ = scorer(model_folder, ReferenceRewardConfig()).score(cats)
+    assert score.rewards.tolist() == [0] * 6 + [1]
+    assert score.ref_logprobs is not None
+    assert plain.ref_logprobs is not None
+    assert np.array_equal(score.ref_logprobs, plain.ref_logprobs)
+    assert (score.ref_logprobs[4:] < 0).all()
+
+
+def test_an_outcome_without_a_kl_term_does_not_ask_a_reference_that_is_there(model_folder: Path) -> None:
+    actor: Any = scorer(model_folder, TEXT)
+    (score,), _ = actor.score(group(model_folder, "cat", answer="cat"))
+    assert score.ref_logprobs is None
+    assert actor.sample([group(model_folder, "cat").ticket.prompt], max_tokens=3, seed=0), "evaluations may"
+
+
+def test_a_reward_that_raises_ends_the_run_with_the_prompt_named(model_folder: Path) -> None:
+    actor = scorer(model_folder, ExactMatchConfig(), reference=False)
+    with pytest.raises(
+        RewardError, match=r"\[REWARD\] prompt 'p7': ExactMatch raised ValueError: 'five' is not a number"
+    ):
+        actor.score(group(model_folder, "cat", answer="five"))
