@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -56,6 +56,10 @@ class Batch:
         longest = int(self.lengths[rows].max())
         picked = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
         return Batch(**{k: v[:, :longest] if v.dim() == 2 else v for k, v in picked.items()})
+
+    def without_loss(self) -> Batch:
+        """The same trajectories with no token that carries loss."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

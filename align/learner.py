@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,14 @@ class LearnerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens per forward pass on one device.")
-    num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for the learner.")
-    num_threads: int = Field(1, ge=1, description="CPU threads of the learner.")
-    num_gpus: int = Field(0, ge=0, le=1, description="GPUs of the learner.")
+    num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for every rank of the learner.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of every rank of the learner.")
+    num_gpus: int = Field(0, ge=0, le=1, description="GPUs of every rank of the learner.")
+    num_ranks: int = Field(
+        1,
+        ge=1,
+        description="Processes that share the learner: each holds a shard of the weights and trains on its share.",
+    )
     max_skipped_updates: int = Field(3, ge=1, description="Non-finite updates in a row that stop the run.")
 
 
@@ -120,13 +125,19 @@ class Learner:
         self.optimizer.zero_grad()
         weights = self.objective.weights(batch)
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
-        for rows in micro_batches(batch.lengths.tolist(), self.cfg.max_tokens_per_micro_batch):
-            part = batch.rows(rows)
+        metrics: list[Metric] = []
+        for one in self.policy.ranks.passes(batch.lengths.tolist(), self._cut):
+            part = batch.rows(one.rows) if one.counts else batch.rows(one.rows).without_loss()
             longest = part.token_ids.shape[1]
-            logprobs, metrics = self._backward(part, advantages[rows, :longest], weights[rows])
-            policy_logprobs[rows, :longest] = logprobs
-            yield from metrics
-        yield from off_policy_metrics(batch, policy_logprobs)
+            logprobs, of_part = self._backward(part, advantages[one.rows, :longest], weights[one.rows])
+            if one.counts:
+                policy_logprobs[one.rows, :longest] = logprobs
+                metrics += of_part
+        yield from self.policy.ranks.gather(metrics)
+        yield from off_policy_metrics(batch, self.policy.ranks.sum(policy_logprobs))
+
+    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        return micro_batches(lengths, self.cfg.max_tokens_per_micro_batch)
 
     def _backward(self, part: Batch, advantages: Tensor, weights: Tensor) -> tuple[Tensor, list[Metric]]:
         """Add the gradient of one micro-batch; returns its log-probabilities [B, T]."""
@@ -178,8 +189,9 @@ class Learner:
         return self.optimizer.lr(step)
 
     def save_optimizer(self, path: Path) -> None:
-        """Write the optimizer's state and the skipped updates."""
-        self.optimizer.save(path, torch.tensor([self.skipped_updates, self.skipped_in_a_row]))
+        """Write the optimizer's state and the skipped updates. Of many ranks all take part and the first writes."""
+        counts = torch.tensor([self.skipped_updates, self.skipped_in_a_row])
+        self.optimizer.save(path, counts, write=self.policy.ranks.first)
 
     def load_optimizer(self, path: Path, version: int) -> None:
         """Take up what `save_optimizer` wrote, at policy version `version`.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.ranks import Ranks, is_sharded, shard, whole
+
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,6 +43,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
+        self.ranks = Ranks()
 
     @classmethod
     def load(cls, directory: Path | str, *, device: str = "cpu", compute_dtype: str = "float32") -> Policy:
@@ -56,9 +59,23 @@ class Policy:
         tokenizer = AutoTokenizer.from_pretrained(directory, **_LOCAL)
         return cls(model.to(device).eval(), tokenizer, compute_dtype)
 
+    def shard(self, ranks: Ranks) -> None:
+        """Hold a shard of the parameters from now on; see `align.ranks.shard`. Every verb then takes all ranks at once."""
+        shard(self.model, ranks)
+        self.ranks = ranks
+
     def save(self, directory: Path, dtype: str = "float32") -> None:
-        """Write a Hugging Face folder that transformers and vLLM load."""
-        state = {name: tensor.to(DTYPES[dtype]) for name, tensor in self.model.state_dict().items()}
+        """Write a Hugging Face folder that transformers and vLLM load.
+
+        Of many ranks the first writes, from its host memory; a device holds one whole parameter at a time.
+        """
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            full = whole(tensor)
+            if self.ranks.first:
+                state[name] = full.to("cpu", DTYPES[dtype])
+        if not self.ranks.first:
+            return
         self.model.save_pretrained(directory, state_dict=state)
         self.tokenizer.save_pretrained(directory)
 
@@ -74,9 +91,20 @@ class Policy:
         return int(self.model.config.vocab_size)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter once (a tied head is not repeated), by its Hugging Face name."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+        """Every parameter once (a tied head is not repeated), by its Hugging Face name.
+
+        Of many ranks the first asks, while the others `follow`; one parameter at a time is whole.
+        """
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        yield from zip(names, self.ranks.lead([p.detach() for p in parameters]), strict=True)
+
+    def named_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter, by name, in the order of `named_weights`."""
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+
+    def follow(self) -> None:
+        """On every rank but the first: take part in `named_weights` until the first calls `ranks.release`."""
+        self.ranks.follow([p.detach() for p in self.model.parameters()])
 
     def logits(self, token_ids: Tensor, start: int = 1) -> Tensor:
         """Logits of the distributions that tokens `start .. T-1` are drawn from. The one place with the shift by one.
@@ -148,6 +176,7 @@ class Policy:
                 temperature=temperature,
                 top_k=0,
                 top_p=1.0,
+                synced_gpus=is_sharded(self.model),  # no rank stops before the others
             )
         return [self._until_end(row.tolist()) for row in output[:, longest:]]
 
