@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.ranks import like, whole
+from align.ranks import like, named_shards, whole
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -117,4 +117,4 @@ class Optimizer:
         return counts
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in named_shards(self.model) if p.requires_grad)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.ranks import Ranks, is_sharded, shard, whole
+from align.ranks import Ranks, is_sharded, named_shards, shard, whole
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,16 +95,16 @@ class Policy:
 
         Of many ranks the first asks, while the others `follow`; one parameter at a time is whole.
         """
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        names, parameters = zip(*named_shards(self.model), strict=True)
         yield from zip(names, self.ranks.lead([p.detach() for p in parameters]), strict=True)
 
     def named_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter, by name, in the order of `named_weights`."""
-        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        return {name: tuple(parameter.shape) for name, parameter in named_shards(self.model)}
 
     def follow(self) -> None:
         """On every rank but the first: take part in `named_weights` until the first calls `ranks.release`."""
-        self.ranks.follow([p.detach() for p in self.model.parameters()])
+        self.ranks.follow([p.detach() for _, p in named_shards(self.model)])
 
     def logits(self, token_ids: Tensor, start: int = 1) -> Tensor:
         """Logits of the distributions that tokens `start .. T-1` are drawn from. The one place with the shift by one.

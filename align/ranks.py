@@ -154,8 +154,9 @@ def shard(model: Any, ranks: Ranks) -> None:
     """Shard the parameters of a model over all ranks, in place: layer by layer, and what is left as one more part.
 
     Parameters stay float32 and are gathered as float32; bfloat16 products come from autocast, as on one rank, so that the
-    number of ranks changes no rounding of a forward pass. A part is gathered for its forward and its backward pass and freed
-    after each, so between passes every parameter is a shard. Gradients are summed, not averaged.
+    number of ranks changes no rounding of a forward pass. A layer is gathered for its forward and its backward pass and freed
+    after each; what is left (embeddings, head) stays whole in between, so that a loss may use the head's weight. Gradients
+    are summed, not averaged.
 
     Args:
         model: On any device; the shards are on the mesh's. Only one part at a time is whole there.
@@ -166,7 +167,7 @@ def shard(model: Any, ranks: Ranks) -> None:
     layers = set(getattr(model, "_no_split_modules", None) or ())  # names of classes, by transformers
     parts = [module for module in model.modules() if type(module).__name__ in layers and module is not model]
     for part in (*parts, model):
-        fully_shard(part, mesh=ranks.mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=ranks.mesh, reshard_after_forward=part is not model)
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # else the factor needs an operation that gloo does not have
@@ -175,6 +176,13 @@ def shard(model: Any, ranks: Ranks) -> None:
 def is_sharded(model: Any) -> bool:
     """Whether every forward pass of the model waits for other ranks."""
     return isinstance(model, FSDPModule)
+
+
+def named_shards(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Every parameter once, by name; of a sharded model what this rank holds, also after a forward pass without a backward."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    yield from model.named_parameters()
 
 
 def whole(tensor: Tensor) -> Tensor:

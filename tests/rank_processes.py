@@ -12,7 +12,7 @@ import torch
 
 from align.ranks import Meeting, Ranks, host, join
 
-DEADLINE_S = 90
+DEADLINE_S = 240
 _context = multiprocessing.get_context(
     "forkserver"
 )  # imports once; a fork of this process could not run backward passes
