@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,6 +81,115 @@ def config(
         raise ConfigError("no run file given", "align config FILE.toml, or align config --schema")
     else:
         typer.echo(tomli_w.dumps(resolved(load_config(file, overrides))), nl=False)
+
+
+@app.command(epilog="Example: align plan deploy/runs/demo.toml --cluster deploy/clusters/laptop.toml")
+def plan(
+    file: RunFile,
+    overrides: Overrides = [],  # noqa: B006
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", metavar="FILE", help="A cluster file: say whether the run fits there.")
+    ] = None,
+    rates: Annotated[
+        list[str],
+        typer.Option(
+            "--rate",
+            metavar="NAME=VALUE",
+            help="A measured rate for the estimate of a step: generate and train (tokens per second of one rollout actor "
+            "and of the learner), completion and prompt (mean tokens), publish_s.",
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Print what a run needs: processes, memory, batches, staleness, traffic, disk. Starts nothing, reads no weights."""
+    from cluster.bill import read_rates
+    from cluster.config import load_config
+    from cluster.fit import read_cluster
+    from cluster.plan import plan as write
+
+    machines = read_cluster(cluster).machines() if cluster else []
+    typer.echo(write(load_config(file, overrides), machines, read_rates(rates) if rates else None))
+
+
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The cluster's dashboard: http://HOST:8265."
+    ),
+]
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+
+
+@app.command(epilog="Example: align submit deploy/runs/demo.toml --set run.dir=/shared/runs/demo --follow")
+def submit(
+    file: RunFile,
+    overrides: Overrides = [],  # noqa: B006
+    address: Address = LOCAL_DASHBOARD,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print the log until the end; exit with the run's code.")
+    ] = False,
+    job_id: Annotated[str | None, typer.Option("--id", metavar="ID", help="The job's id; left out: a new one.")] = None,
+) -> None:
+    """Start a run as a job of a Ray cluster. Submitted again with the same run.dir, it resumes.
+
+    Only the run file, the code, the prompts and small models are uploaded. Secrets are not: put WANDB_API_KEY into the
+    environment of the cluster's machines. The cluster's token is read from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    """
+    from cluster.config import load_config
+    from cluster.submit import Jobs
+
+    cfg = load_config(file, overrides)
+    jobs = Jobs(address)
+    job = jobs.submit(cfg, job_id)
+    typer.echo(f"job          {job}\nrun folder   {cfg.run.dir}")
+    typer.echo(f"log          align jobs logs {job} --follow --address {address}")
+    typer.echo(f"stop         align jobs stop {job} --address {address}")
+    if follow:
+        raise typer.Exit(_follow(jobs, job))
+
+
+jobs = typer.Typer(no_args_is_help=True, help="Look at the runs of a Ray cluster, follow and stop them.")
+app.add_typer(jobs, name="jobs")
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
+
+
+@jobs.command(name="list", epilog="Example: align jobs list --address http://127.0.0.1:8265")
+def list_(address: Address = LOCAL_DASHBOARD) -> None:
+    """The jobs that align submitted, oldest first."""
+    from cluster.submit import Jobs
+
+    for job in Jobs(address).list():
+        typer.echo(f"{job.submission_id:<40} {job.status:<10} {job.metadata['align_run_dir']}")
+
+
+@jobs.command(epilog="Example: align jobs logs demo-1125-101500-ab12 --follow")
+def logs(
+    job: JobId,
+    address: Address = LOCAL_DASHBOARD,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the end; exit with the run's code.")] = False,
+) -> None:
+    """The log of a job."""
+    from cluster.submit import Jobs
+
+    cluster_jobs = Jobs(address)
+    if follow:
+        raise typer.Exit(_follow(cluster_jobs, job))
+    typer.echo(cluster_jobs.log(job), nl=False)
+
+
+@jobs.command(epilog="Example: align jobs stop demo-1125-101500-ab12")
+def stop(job: JobId, address: Address = LOCAL_DASHBOARD) -> None:
+    """Let a job finish its step, save and end; it resumes when it is submitted again."""
+    from cluster.submit import Jobs
+
+    typer.echo(f"{job} {Jobs(address).stop(job)}")
+
+
+def _follow(cluster_jobs: Any, job: str) -> int:
+    try:
+        return int(cluster_jobs.follow(job, lambda text: typer.echo(text, nl=False)))
+    except KeyboardInterrupt:
+        typer.echo(f"no longer followed; the job goes on: align jobs stop {job} ends it")
+        return 0
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]

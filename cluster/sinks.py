@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -173,6 +174,9 @@ def _clock(seconds: float | None) -> str:
     return "-" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+_FLUSH_S = 1.0  # how often W&B's process writes to disk
+
+
 class WandbSink:
     """A W&B run that is always recorded on disk first, so that training never waits for a server.
 
@@ -187,30 +191,50 @@ class WandbSink:
     """
 
     def __init__(self, cfg: WandbConfig, run_dir: Path, name: str, config: Mapping[str, Any], online: bool) -> None:
+        self._cfg, self._run_dir, self._name, self._config, self._online = cfg, run_dir, name, dict(config), online
+        self._recent: list[tuple[float, int, dict[str, float]]] = []  # rows that may not be on disk yet
+        self._open()
+
+    def _open(self) -> None:
+        import psutil
         import wandb
 
-        self._cfg = cfg
         settings = wandb.Settings(
-            silent=True, console="off", x_disable_stats=True, x_transaction_log_flush_interval=1.0, save_code=False
+            silent=True, console="off", x_disable_stats=True, x_transaction_log_flush_interval=_FLUSH_S, save_code=False
         )
-        identity = run_dir / "wandb_id"  # one run of the server for all processes of a run
+        identity = self._run_dir / "wandb_id"  # one run of the server for all processes of a run
         if not identity.is_file():
             identity.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             id=identity.read_text(),
             resume="allow",
             mode="offline",
-            dir=run_dir,
-            project=cfg.project,
-            entity=cfg.entity,
-            name=name,
-            tags=list(cfg.tags),
-            config=dict(config),
+            dir=self._run_dir,
+            project=self._cfg.project,
+            entity=self._cfg.entity,
+            name=self._name,
+            tags=list(self._cfg.tags),
+            config=self._config,
             settings=settings,
         )
+        self._writers = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
         self.directory = Path(self.run.settings.sync_dir)
         self._define()
-        self._upload = _start_upload(self.directory) if online else None
+        self._upload = _start_upload(self.directory) if self._online else None
+
+    def _lost_writer(self) -> bool:
+        """Whether W&B's process was ended; Ray signals it together with the run when a job is stopped.
+
+        The connection to it is given up here, or W&B would complain at the end.
+        """
+        import psutil
+        import wandb
+
+        if all(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in self._writers):
+            return False
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        return True
 
     def _define(self) -> None:
         for axis in ("step", "wall_s"):
@@ -219,12 +243,20 @@ class WandbSink:
             self.run.define_metric(name, step_metric="step")
 
     def log(self, step: int, wall_s: float, values: Mapping[str, float]) -> None:
-        """See `Sink`."""
-        self.run.log({"step": step, "wall_s": wall_s, **values}, step=step)
+        """See `Sink`. Without its writer the record goes on in a second file of the same W&B run."""
+        now, rows = time.monotonic(), [(step, {"step": step, "wall_s": wall_s, **values})]
+        if self._lost_writer():
+            self._open()
+            rows = [row[1:] for row in self._recent] + rows
+        for number, row in rows:
+            self.run.log(row, step=number)
+        since = now - 2 * _FLUSH_S
+        self._recent = [row for row in self._recent if row[0] > since] + [(now, *rows[-1])]
 
     def close(self) -> None:
         """Write the record to the end, and give an upload its last seconds."""
-        self.run.finish()
+        if not self._lost_writer():
+            self.run.finish()
         if self._upload is not None:
             try:
                 self._upload.wait(self._cfg.deadline_s)

@@ -19,7 +19,10 @@ from cluster.cli import app, main
 from cluster.config import RunConfig
 from tests.run_files import config, tree, write
 
-COMMANDS = ["train", "config", "models tiny", "models gguf", "models smollm2", "models round"]
+COMMANDS = [
+    *("train", "config", "plan", "submit", "jobs list", "jobs logs", "jobs stop"),
+    *("models tiny", "models gguf", "models smollm2", "models round"),
+]
 HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 
 

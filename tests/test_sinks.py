@@ -371,6 +371,34 @@ def test_an_offline_run_is_not_called_uploaded(offline_run: dict[str, Any]) -> N
     assert offline_run["uploaded"] is False
 
 
+STOP_THE_WRITER = """
+import os, signal, time
+from pathlib import Path
+from cluster.sinks import WandbConfig, WandbSink
+Path("run").mkdir()
+sink = WandbSink(WandbConfig(mode="offline"), Path("run").absolute(), "my-run", {}, online=False)
+for step in range(3):
+    sink.log(step, 1.0, {"optimizer/lr": step / 7})
+for writer in sink._writers:
+    os.kill(writer.pid, signal.SIGINT)
+    writer.wait(10)
+time.sleep(1.1)  # the folder of a record is named by the second
+sink.log(3, 1.0, {"optimizer/lr": 3 / 7})
+sink.close()
+"""
+
+
+def test_a_record_goes_on_when_a_signal_to_all_processes_of_a_job_ended_its_writer(tmp_path: Path) -> None:
+    done = run_python(STOP_THE_WRITER, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    records = [record for path in files for record in wandb_records(path)]
+    steps = [r.history.step.num for r in records if r.WhichOneof("record_type") == "history"]
+    assert sorted(set(steps)) == [0, 1, 2, 3]
+    assert len({r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}) == 1
+
+
 START_A_RUN = """
 from pathlib import Path
 from cluster.sinks import WandbConfig, WandbSink

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ class AlignProcess:
 
     Args:
         arguments: After `align`.
+        environment: Added to this process's, which is passed on without its settings of W&B and Ray.
     """
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "RAY"))}
-        environment |= {"ALIGN_TEST_MARK": self.mark, "COLUMNS": "200"}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "RAY"))}
+        mark = {"ALIGN_TEST_MARK": self.mark, "COLUMNS": "200"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
             cwd=REPOSITORY,
-            env=environment,
+            env=inherited | mark | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -74,9 +75,11 @@ class AlignProcess:
         return found
 
 
-def align(*arguments: str | Path, timeout_s: float = 300) -> tuple[int, str]:
+def align(
+    *arguments: str | Path, timeout_s: float = 300, environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """Run `align` to its end and check that it left no process behind; exit code and console text."""
-    command = AlignProcess(*arguments)
+    command = AlignProcess(*arguments, environment=environment)
     result = command.wait(timeout_s)
     assert command.left_behind() == []
     return result

@@ -1,0 +1,186 @@
+"""The bill of a run: processes and their memory, the numbers of a batch, what travels and is stored, the time of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.config import RunConfig
+from cluster.faults import ConfigError
+from cluster.shape import ModelShape
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_ACTIVATION_BYTES = (
+    34  # per token, unit of width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2
+)
+_CPU_KV_CACHE_BYTES = 256 << 20
+# What Python, torch, vLLM and Ray take before any model, resident, measured in the demo on CPUs (make demo, two cores).
+_PROCESS_BYTES = {"controller": 900 << 20, "learner": 500 << 20, "rollout": 1400 << 20, "scorer": 450 << 20}
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one process of a role needs, and how many there are.
+
+    Attributes:
+        host_bytes: Host memory of one process.
+        gpu_bytes: Memory on each of its GPUs.
+        formula: What the bytes are made of.
+    """
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float
+    host_bytes: int
+    gpu_bytes: int
+    formula: str
+
+
+def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape) -> list[Role]:
+    """Controller, learner, rollout actors and scorers of a run; host memory with what a process takes before any model."""
+    controller = Role("controller", 1, 0, 0, 0, 0, "the controller, Ray and W&B of one machine")
+    found = [controller, _learner(cfg, policy), _rollout(cfg, policy), _scorer(cfg, reference)]
+    return [replace(role, host_bytes=role.host_bytes + _PROCESS_BYTES[role.name]) for role in found]
+
+
+def _learner(cfg: RunConfig, model: ModelShape) -> Role:
+    tokens, bytes_each = cfg.learner.max_tokens_per_micro_batch, _BYTES[cfg.learner_dtype]
+    states = 16 * model.num_parameters
+    activations = _ACTIVATION_BYTES * bytes_each // 2 * tokens * model.hidden_size * model.num_layers
+    cast = bytes_each * model.num_parameters if bytes_each < 4 else 0
+    logits = 2 * 4 * tokens * model.vocab_size
+    total = states + activations + cast + logits
+    on_gpu = cfg.learner.num_gpus > 0
+    return Role(
+        "learner",
+        1,
+        cfg.learner.num_cpus,
+        cfg.learner.num_gpus,
+        4 * model.num_parameters if on_gpu else total,
+        total if on_gpu else 0,
+        "weights, gradient, two moments in float32: 16 B x parameters; activations 34 x tokens x width x layers "
+        "(16-bit), logits 8 B x tokens x vocabulary",
+    )
+
+
+def _rollout(cfg: RunConfig, model: ModelShape) -> Role:
+    rollout = cfg.rollout
+    bytes_each = _BYTES[cfg.engine_dtype]
+    shards = max(rollout.num_gpus, 1)
+    weights = bytes_each * model.num_parameters // shards
+    least_kv = model.kv_bytes_per_token(bytes_each) * rollout.max_model_len // shards
+    kv = rollout.kv_cache_bytes or (least_kv if rollout.num_gpus else _CPU_KV_CACHE_BYTES)
+    on_gpu = rollout.num_gpus > 0
+    return Role(
+        "rollout",
+        rollout.num_actors,
+        rollout.num_cpus,
+        rollout.num_gpus,
+        bytes_each * model.num_parameters if on_gpu else 2 * weights + kv,
+        weights + kv if on_gpu else 0,
+        "weights in the engine's type, keys and values of one longest sequence at least; on CPU a staged copy of the weights",
+    )
+
+
+def _scorer(cfg: RunConfig, model: ModelShape) -> Role:
+    scorer = cfg.scorer
+    on_gpu = scorer.num_gpus > 0
+    copies = 4 + (2 if cfg.scorer_dtype == "bfloat16" and not on_gpu else 0)
+    logits = 4 * scorer.max_tokens_per_micro_batch * model.vocab_size
+    total = copies * model.num_parameters + logits
+    return Role(
+        "scorer",
+        scorer.num_actors,
+        scorer.num_cpus,
+        scorer.num_gpus,
+        4 * model.num_parameters if on_gpu else total,
+        total if on_gpu else 0,
+        "the reference in float32 (4 B), on CPU a bfloat16 copy where it computes in it (2 B), logits 4 B x tokens x vocabulary",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """The numbers of a batch, of staleness and of what travels and is stored."""
+
+    groups_in_flight: int
+    trajectories_per_step: int
+    max_tokens_per_step: int
+    max_micro_batches: int
+    publish_bytes: int
+    published_bytes_per_step: int
+    checkpoint_bytes: int
+    disk_bytes: int
+
+    @classmethod
+    def of(cls, cfg: RunConfig, model: ModelShape) -> Arithmetic:
+        """From the run file and the policy's shape."""
+        trajectories = cfg.run.prompts_per_step * cfg.run.group_size
+        per_row = cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len
+        publish = _BYTES[cfg.engine_dtype] * model.num_parameters
+        checkpoint = 12 * model.num_parameters
+        return cls(
+            groups_in_flight=(cfg.run.max_staleness + 1) * cfg.run.prompts_per_step,
+            trajectories_per_step=trajectories,
+            max_tokens_per_step=trajectories * cfg.rollout.max_model_len,
+            max_micro_batches=math.ceil(trajectories / max(per_row, 1)),
+            publish_bytes=publish,
+            published_bytes_per_step=publish * cfg.rollout.num_actors,
+            checkpoint_bytes=checkpoint,
+            disk_bytes=(cfg.checkpoint.keep + 1) * checkpoint + 4 * model.num_parameters,
+        )
+
+
+class Rates(BaseModel):
+    """Measured rates, for the estimate of a step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generate: float = Field(gt=0, description="Completion tokens per second of one rollout actor.")
+    train: float = Field(gt=0, description="Tokens (prompt and completion) per second of the learner.")
+    publish_s: float = Field(0, ge=0, description="Seconds of one publication.")
+    completion: float = Field(gt=0, description="Mean tokens of a completion.")
+    prompt: float = Field(0, ge=0, description="Mean tokens of a prompt.")
+
+
+def read_rates(settings: Sequence[str]) -> Rates:
+    """Rates from `NAME=VALUE` texts.
+
+    Raises:
+        ConfigError: If a name is unknown, a value is no number, or one that is needed is missing.
+    """
+    try:
+        return Rates.model_validate(dict(setting.split("=", 1) for setting in settings))
+    except (ValidationError, ValueError) as error:
+        names = ", ".join(f"{name} ({field.description})" for name, field in Rates.model_fields.items())
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "expected NAME=VALUE"
+        raise ConfigError(f"--rate {' '.join(settings)}: {what}", f"there are: {names}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Estimated times of a step, in seconds, and the idle shares."""
+
+    generate_s: float
+    update_s: float
+    publish_s: float
+    step_s: float
+    learner_idle: float
+    actors_idle: float
+
+    @classmethod
+    def of(cls, cfg: RunConfig, rates: Rates) -> StepTime:
+        """Generation and update follow each other at staleness 0 and overlap above; a publication stops both.
+
+        `step = generate + update + publish` or `max(generate, update) + publish`; idle share = 1 - own work / step.
+        """
+        trajectories = cfg.run.prompts_per_step * cfg.run.group_size
+        generate = trajectories * rates.completion / (cfg.rollout.num_actors * rates.generate)
+        update = trajectories * (rates.prompt + rates.completion) / rates.train
+        work = max(generate, update) if cfg.run.max_staleness else generate + update
+        step = work + rates.publish_s
+        return cls(generate, update, rates.publish_s, step, 1 - update / step, 1 - generate / step)

@@ -1,0 +1,128 @@
+"""Whether the processes of a run find a machine each, and what would help if not."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.bill import Role
+from cluster.config import RunConfig
+from cluster.faults import ConfigError
+
+
+class Node(BaseModel):
+    """One kind of machine of a cluster file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(1, ge=1, description="Machines of this kind.")
+    cpus: float = Field(gt=0, description="CPUs of one.")
+    memory_gib: float = Field(gt=0, description="Host memory of one, in GiB.")
+    gpus: int = Field(0, ge=0, description="GPUs of one.")
+    gpu_memory_gib: float = Field(0, ge=0, description="Memory of one GPU, in GiB.")
+
+
+class ClusterFile(BaseModel):
+    """A cluster as a TOML file of `[[nodes]]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: tuple[Node, ...] = Field(min_length=1, description="Kinds of machines.")
+
+    def machines(self) -> list[Node]:
+        """Every machine by itself."""
+        return [node.model_copy(update={"count": 1}) for node in self.nodes for _ in range(node.count)]
+
+
+def read_cluster(path: Path) -> ClusterFile:
+    """Read a cluster file.
+
+    Raises:
+        ConfigError: Naming what is wrong in it.
+    """
+    advice = "a cluster file has [[nodes]] with count, cpus, memory_gib, gpus and gpu_memory_gib"
+    try:
+        return ClusterFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"cluster file {path} cannot be read: {error.strerror}", advice) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cluster file {path} is not valid TOML: {error}", advice) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"cluster file {path}: {place}: {first['msg']}", advice) from None
+
+
+@dataclass(slots=True)
+class _Free:
+    """What is left of a machine."""
+
+    cpus: float
+    gpus: float
+    host_bytes: float
+    gpu_bytes: float
+
+    @classmethod
+    def of(cls, node: Node) -> _Free:
+        return cls(node.cpus, node.gpus, node.memory_gib * 2**30, node.gpu_memory_gib * 2**30)
+
+    def takes(self, role: Role) -> bool:
+        """Put one process of the role here, if it fits."""
+        fits = (
+            role.cpus <= self.cpus + 1e-9
+            and role.gpus <= self.gpus + 1e-9
+            and role.host_bytes <= self.host_bytes
+            and (not role.gpus or role.gpu_bytes <= self.gpu_bytes)
+        )
+        if fits:
+            self.cpus, self.gpus, self.host_bytes = (
+                self.cpus - role.cpus,
+                self.gpus - role.gpus,
+                self.host_bytes - role.host_bytes,
+            )
+        return fits
+
+
+def unplaced(needed: Sequence[Role], machines: Sequence[Node]) -> list[Role]:
+    """The roles of which not every process finds a machine, with the number that finds none.
+
+    First fit, the processes with most GPUs and then most memory first, each on one machine. Greedy, so a rare packing that
+    exists may be missed, but what it finds fits.
+    """
+    free = [_Free.of(machine) for machine in machines]
+    missing = []
+    for role in sorted(needed, key=lambda role: (-role.gpus, -role.host_bytes)):
+        failed = sum(not any(place.takes(role) for place in free) for _ in range(role.count))
+        if failed:
+            missing.append(replace(role, count=failed))
+    return missing
+
+
+def remedies(cfg: RunConfig, needed: Sequence[Role], machines: Sequence[Node]) -> Iterator[str]:
+    """Changes that would make it fit, each tried before it is named."""
+    for n in range(cfg.rollout.num_actors - 1, 0, -1):
+        fewer = [replace(role, count=n) if role.name == "rollout" else role for role in needed]
+        if not unplaced(fewer, machines):
+            yield f"rollout.num_actors = {n} (instead of {cfg.rollout.num_actors})"
+            break
+    for more in range(1, 129):
+        if not unplaced(needed, [*machines, *[machines[0]] * more]):
+            yield f"{more} more machine{'s' * (more > 1)} of the first kind"
+            break
+    if any(role.gpus for role in needed) and not any(machine.gpus for machine in machines):
+        yield "machines with GPUs, or learner.num_gpus = 0, rollout.num_gpus = 0 and scorer.num_gpus = 0"
+    if all(not role.gpus for role in needed):
+        shares = [replace(role, cpus=min(role.cpus, 0.5)) for role in needed]
+        if not unplaced(shares, machines):
+            yield "num_cpus = 0.5 for learner, rollout and scorer: they take turns"
+    for size in (2, 4, 8):
+        smaller = [
+            replace(r, gpu_bytes=r.gpu_bytes // size, gpus=r.gpus * size) if r.name == "rollout" else r for r in needed
+        ]
+        if cfg.rollout.num_gpus and not unplaced(smaller, machines):
+            yield f"rollout.num_gpus = {cfg.rollout.num_gpus * size}: every engine over more GPUs"
+            break

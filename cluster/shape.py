@@ -1,0 +1,65 @@
+"""The size of a model from its config alone: parameters, layers, keys and values. No weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.faults import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the arithmetic of memory and traffic needs to know of a model.
+
+    Attributes:
+        num_parameters: All of them, a tied head once.
+        num_layers: Decoder layers.
+        hidden_size: Width of the residual stream.
+        vocab_size: Number of logits.
+        num_kv_heads: Heads of keys and values of one layer.
+        head_dim: Width of one head.
+    """
+
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_kv_heads: int
+    head_dim: int
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Keys and values of one token in all layers: 2 x layers x heads x width x bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+
+
+def model_shape(folder: Path) -> ModelShape:
+    """The shape of the model whose `config.json` is in `folder`, counted on a model without memory.
+
+    Raises:
+        ConfigError: If there is no config.json of a causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model folder {folder} has no config.json",
+            "download the model's config.json there (a plan needs no weights), or correct the path",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"model folder {folder}: config.json cannot be used: {error}", "see the message") from None
+    text = config.get_text_config()
+    num_heads = text.num_attention_heads
+    return ModelShape(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+    )

@@ -1,0 +1,107 @@
+"""The bill of a run, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.bill import Arithmetic, Rates, Role, StepTime, read_rates, roles
+from cluster.faults import ConfigError
+from cluster.shape import ModelShape
+from tests.run_files import config
+
+SHAPE = ModelShape(num_parameters=1000, num_layers=2, hidden_size=8, vocab_size=50, num_kv_heads=2, head_dim=4)
+CPU = {"rollout": {"dtype": "float32"}}
+
+
+def bill(**sections: dict[str, object]) -> dict[str, Role]:
+    """The roles by name, without what a process takes before any model."""
+    from cluster.bill import _PROCESS_BYTES
+
+    found = roles(config(**sections), SHAPE, SHAPE)
+    return {
+        r.name: Role(r.name, r.count, r.cpus, r.gpus, r.host_bytes - _PROCESS_BYTES[r.name], r.gpu_bytes, r.formula)
+        for r in found
+    }
+
+
+def test_keys_and_values_of_a_token_take_two_tensors_of_every_layer() -> None:
+    assert SHAPE.kv_bytes_per_token(2) == 2 * 2 * 2 * 4 * 2
+
+
+def test_a_learner_on_a_cpu_holds_weights_gradient_moments_activations_and_logits_in_float32() -> None:
+    learner = bill(**CPU, learner={"max_tokens_per_micro_batch": 10})["learner"]
+    assert learner.host_bytes == 16 * 1000 + 68 * 10 * 8 * 2 + 8 * 10 * 50
+    assert (learner.gpu_bytes, learner.gpus) == (0, 0)
+
+
+def test_a_learner_on_a_gpu_also_holds_the_weights_cast_to_bfloat16() -> None:
+    learner = bill(learner={"max_tokens_per_micro_batch": 10, "num_gpus": 1}, rollout={"num_gpus": 1})["learner"]
+    assert learner.gpu_bytes == 16 * 1000 + 34 * 10 * 8 * 2 + 2 * 1000 + 8 * 10 * 50
+    assert learner.host_bytes == 4 * 1000
+
+
+def test_an_engine_over_several_gpus_holds_its_share_on_each() -> None:
+    engine = bill(rollout={"num_gpus": 4, "max_model_len": 100}, sampling={"max_tokens": 10})["rollout"]
+    assert engine.gpu_bytes == 2 * 1000 // 4 + 64 * 100 // 4
+    assert engine.gpus == 4
+
+
+def test_a_reference_that_computes_in_bfloat16_on_a_cpu_is_there_twice() -> None:
+    sections = {"scorer": {"max_tokens_per_micro_batch": 10}}
+    halves = bill(rollout={"dtype": "bfloat16"}, **sections)["scorer"].host_bytes
+    assert halves - bill(**CPU, **sections)["scorer"].host_bytes == 2 * 1000
+
+
+def test_the_numbers_of_a_batch_follow_from_the_run_file() -> None:
+    numbers = Arithmetic.of(
+        config(
+            run={"prompts_per_step": 6, "group_size": 4, "max_staleness": 2},
+            rollout={"dtype": "bfloat16", "max_model_len": 100, "num_actors": 3},
+            sampling={"max_tokens": 10},
+            learner={"max_tokens_per_micro_batch": 250},
+            checkpoint={"keep": 2},
+        ),
+        SHAPE,
+    )
+    assert numbers.groups_in_flight == 18
+    assert numbers.trajectories_per_step == 24
+    assert numbers.max_tokens_per_step == 2400
+    assert numbers.max_micro_batches == 12
+    assert (numbers.publish_bytes, numbers.published_bytes_per_step) == (2000, 6000)
+    assert numbers.checkpoint_bytes == 12_000
+    assert numbers.disk_bytes == 3 * 12_000 + 4000
+
+
+RATES = Rates(generate=100, train=400, publish_s=1, completion=50, prompt=50)
+
+
+def test_on_policy_the_phases_of_a_step_follow_each_other() -> None:
+    time = StepTime.of(config(run={"prompts_per_step": 8}), RATES)
+    assert (time.generate_s, time.update_s, time.step_s) == (4, 2, 7)
+    assert time.learner_idle == pytest.approx(5 / 7)
+    assert time.actors_idle == pytest.approx(3 / 7)
+
+
+def test_with_staleness_generation_and_update_overlap() -> None:
+    time = StepTime.of(config(run={"prompts_per_step": 8, "max_staleness": 1}), RATES)
+    assert time.step_s == 5
+
+
+def test_more_actors_divide_the_time_of_generation_alone() -> None:
+    time = StepTime.of(config(run={"prompts_per_step": 8}, rollout={"num_actors": 2}), RATES)
+    assert (time.generate_s, time.update_s) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["generate=1"], "Field required"),
+        (["generate=1", "train=1", "completion=zwei"], "valid number"),
+        (["generate=1", "train=1", "completion=1", "speed=3"], "not permitted"),
+        (["generate"], "NAME=VALUE"),
+    ],
+)
+def test_rates_that_cannot_be_used_are_refused_with_those_that_there_are(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        read_rates(settings)
+    assert "publish_s (Seconds of one publication.)" in error.value.advice

@@ -1,0 +1,104 @@
+"""Where the processes of a run find a machine, and what is said when one does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.bill import Role
+from cluster.faults import ConfigError, ResourceError
+from cluster.fit import Node, read_cluster, remedies, unplaced
+from cluster.plan import check_fit
+from tests.run_files import config
+
+GIB = 2**30
+EIGHT_GPUS = Node(cpus=64, memory_gib=512, gpus=8, gpu_memory_gib=80)
+SMALL = Node(cpus=2, memory_gib=8)
+
+
+def role(
+    name: str = "rollout", count: int = 1, cpus: float = 1, gpus: float = 0, gib: int = 1, gpu_gib: int = 0
+) -> Role:
+    return Role(name, count, cpus, gpus, gib * GIB, gpu_gib * GIB, "")
+
+
+def test_a_process_is_never_spread_over_machines() -> None:
+    halves = [Node(cpus=8, memory_gib=64, gpus=4, gpu_memory_gib=80)] * 2
+    assert unplaced([role(gpus=8)], halves)[0].count == 1
+    assert unplaced([role(gpus=8)], [EIGHT_GPUS]) == []
+
+
+def test_the_large_are_placed_first_so_that_the_small_do_not_take_their_place() -> None:
+    machines = [EIGHT_GPUS, Node(cpus=64, memory_gib=512, gpus=1, gpu_memory_gib=80)]
+    assert unplaced([role("scorer", gpus=1), role("rollout", gpus=8)], machines) == []
+
+
+def test_those_that_find_no_place_are_counted() -> None:
+    missing = unplaced([role(count=5, gpus=2)], [EIGHT_GPUS])
+    assert [(m.name, m.count) for m in missing] == [("rollout", 1)]
+
+
+@pytest.mark.parametrize(
+    "too_much",
+    [role(cpus=3), role(gib=9), role(gpus=1), role(gpus=1, gpu_gib=81)],
+    ids=["cpu", "memory", "gpu", "gpu memory"],
+)
+def test_every_resource_counts(too_much: Role) -> None:
+    assert unplaced([too_much], [SMALL])
+    assert (unplaced([too_much], [EIGHT_GPUS]) == []) == (too_much.gpu_bytes <= 80 * GIB)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=4),
+    st.integers(1, 6),
+)
+def test_what_is_placed_never_exceeds_what_is_there(wanted: list[tuple[int, int, int]], num_machines: int) -> None:
+    machine = Node(cpus=8, memory_gib=64, gpus=4, gpu_memory_gib=80)
+    needed = [role(f"role{i}", count, cpus, gpus) for i, (count, cpus, gpus) in enumerate(wanted)]
+    missing = {m.name: m.count for m in unplaced(needed, [machine] * num_machines)}
+    placed = [(n.count - missing.get(n.name, 0), n) for n in needed]
+    assert sum(count * n.cpus for count, n in placed) <= 8 * num_machines
+    assert sum(count * n.gpus for count, n in placed) <= 4 * num_machines
+
+
+def test_a_run_that_cannot_fit_is_refused_with_changes_that_do() -> None:
+    cfg = config(rollout={"num_actors": 5})
+    needed = [role("learner", cpus=1), role(count=5)]
+    with pytest.raises(ResourceError) as error:
+        check_fit(cfg, needed, [SMALL])
+    assert "no machine has room for 4 of rollout (1 CPUs, 1 GiB)" in error.value.message
+    assert "rollout.num_actors = 1 (instead of 5)" in error.value.advice
+    assert "2 more machines of the first kind" in error.value.advice
+
+
+def test_changes_that_would_not_fit_are_not_named() -> None:
+    cfg = config(rollout={"num_actors": 2})
+    assert list(remedies(cfg, [role(gib=99, count=2)], [SMALL])) == []
+
+
+def test_a_cluster_file_lists_kinds_of_machines(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text("[[nodes]]\ncount = 3\ncpus = 8\nmemory_gib = 32\n[[nodes]]\ncpus = 4\nmemory_gib = 16\ngpus = 1\n")
+    machines = read_cluster(path).machines()
+    assert [(m.cpus, m.gpus) for m in machines] == [(8, 0), (8, 0), (8, 0), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nodes = 3", "nodes"),
+        ("[[nodes]]\ncpus = 0\nmemory_gib = 1", "nodes.0.cpus"),
+        ("[[nodes]]\ncpus = 1\nmemory_gib = 1\ngpu = 3", "nodes.0.gpu"),
+        ("[[nodes", "not valid TOML"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_cluster_file_that_cannot_be_used_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "cluster.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_cluster(path)
