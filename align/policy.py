@@ -211,7 +211,9 @@ class Policy:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype])
+        # Of a sharded model the cached copies would outlive the layers that they were made for.
+        cached = not is_sharded(self.model)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype], cache_enabled=cached)
 
 
 def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:

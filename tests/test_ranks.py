@@ -48,9 +48,9 @@ def batch_of(step: int, num_groups: int = 4) -> Batch:
     return collate(scored)
 
 
-def new_learner(ranks: Ranks, tied: bool, model: Path | None = None, **settings: Any) -> Learner:
+def new_learner(ranks: Ranks, tied: bool, policy: Policy | None = None, **settings: Any) -> Learner:
     """A learner whose passes are small, so that every rank has several and not all have the same number."""
-    policy = Policy.load(model) if model else Policy(random_qwen3(seed=0, tied=tied), character_tokenizer())
+    policy = policy or Policy(random_qwen3(seed=0, tied=tied), character_tokenizer())
     policy.shard(ranks)
     optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.01)
     cfg = LearnerConfig(max_tokens_per_micro_batch=45)
@@ -63,7 +63,7 @@ def weights(learner: Learner) -> Arrays:
     if not ranks.first:
         learner.policy.follow()
         return {}
-    found = {name: weight.numpy().copy() for name, weight in learner.policy.named_weights()}
+    found = {name: weight.cpu().numpy().copy() for name, weight in learner.policy.named_weights()}
     ranks.release()
     return found
 
@@ -154,7 +154,7 @@ def save(ranks: Ranks, folder: Path) -> Result:
 
 def load(ranks: Ranks, folder: Path) -> Result:
     """The checkpoint of `save`, and the third update."""
-    learner = new_learner(ranks, tied=True, model=folder / "policy")
+    learner = new_learner(ranks, tied=True, policy=Policy.load(folder / "policy"))
     learner.load_optimizer(folder / "optimizer.safetensors", version=2)
     return {"weights": weights(learner), "adam": adam_state(learner), "logged": step(learner, batch_of(2))}
 
