@@ -69,11 +69,14 @@ class Policy:
 
         Of many ranks the first writes, from its host memory; a device holds one whole parameter at a time.
         """
+        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        tied = every - {name for name, _ in self.model.named_parameters()}  # gathered twice, it would be written twice
         state = {}
         for name, tensor in self.model.state_dict().items():
-            full = whole(tensor)
-            if self.ranks.first:
-                state[name] = full.to("cpu", DTYPES[dtype])
+            if name not in tied:
+                full = whole(tensor)
+                if self.ranks.first:
+                    state[name] = full.to("cpu", DTYPES[dtype])
         if not self.ranks.first:
             return
         self.model.save_pretrained(directory, state_dict=state)

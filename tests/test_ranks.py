@@ -283,8 +283,13 @@ def test_what_ranks_publish_is_bit_for_bit_the_whole_model_also_after_a_publicat
         assert max(held) <= num_weights / len(results) * 1.1, "each holds its share"
 
 
-def test_what_two_ranks_save_one_and_four_take_up(two: list[Result], four: list[Result], folder: Path) -> None:
+def test_what_two_ranks_save_one_and_four_take_up(
+    two: list[Result], four: list[Result], folder: Path, tmp_path: Path
+) -> None:
     saved = two[0]["save"]
+    Policy.load(folder / "policy").save(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / "policy" / name).read_bytes(), "as one rank writes it"
     for loaded in (load(Ranks(), folder), four[0]["load"]):
         assert_bitwise(loaded["weights"], saved["weights"])
         assert_bitwise(loaded["adam"], saved["adam"])
