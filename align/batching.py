@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,10 @@ class Batch:
         longest = int(self.lengths[rows].max())
         picked = {name: tensor[rows] for name, tensor in self.tensors()}
         return Batch(**{k: v[:, :longest] if v.dim() > 1 else v for k, v in picked.items()})
+
+    def without_loss(self) -> Batch:
+        """The same trajectories with no token that carries loss."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,9 +33,14 @@ class LearnerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens per forward pass on one device.")
-    num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for the learner.")
-    num_threads: int = Field(1, ge=1, description="CPU threads of the learner.")
-    num_gpus: int = Field(0, ge=0, le=1, description="GPUs of the learner.")
+    num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for every rank of the learner.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of every rank of the learner.")
+    num_gpus: int = Field(0, ge=0, le=1, description="GPUs of every rank of the learner.")
+    num_ranks: int = Field(
+        1,
+        ge=1,
+        description="Processes that share the learner: each holds a shard of the weights and trains on its share.",
+    )
     max_skipped_updates: int = Field(3, ge=1, description="Non-finite updates in a row that stop the run.")
 
 
@@ -178,13 +183,19 @@ class Learner:
         self.optimizer.zero_grad()
         weights = self.objective.weights(batch)
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
-        for rows in micro_batches(batch.lengths.tolist(), self.cfg.max_tokens_per_micro_batch):
-            part = batch.rows(rows)
+        metrics: list[Metric] = []
+        for one in self.policy.ranks.passes(batch.lengths.tolist(), self._cut):
+            part = batch.rows(one.rows) if one.counts else batch.rows(one.rows).without_loss()
             longest = part.token_ids.shape[1]
-            logprobs, metrics = self._backward(part, advantages[rows, :longest], weights[rows])
-            policy_logprobs[rows, :longest] = logprobs
-            yield from metrics
-        yield from off_policy_metrics(batch, policy_logprobs)
+            logprobs, of_part = self._backward(part, advantages[one.rows, :longest], weights[one.rows])
+            if one.counts:
+                policy_logprobs[one.rows, :longest] = logprobs
+                metrics += of_part
+        yield from self.policy.ranks.gather(metrics)
+        yield from off_policy_metrics(batch, self.policy.ranks.sum(policy_logprobs))
+
+    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        return micro_batches(lengths, self.cfg.max_tokens_per_micro_batch)
 
     def _backward(self, part: Batch, advantages: Tensor, weights: Tensor) -> tuple[Tensor, list[Metric]]:
         """Add the gradient of one micro-batch; returns its log-probabilities [B, T]."""
@@ -251,10 +262,14 @@ class Learner:
         return lr
 
     def save_optimizer(self, path: Path) -> None:
-        """Write the optimizer's state with the skipped updates and the KL coefficient, and the critic beside it."""
+        """Write the optimizer's state with the skipped updates and the KL coefficient, and the critic beside it.
+
+        Of many ranks all take part and the first writes.
+        """
         state = (self.skipped_updates, self.skipped_in_a_row, self.objective.kl_coefficient)
-        self.optimizer.save(path, torch.tensor(state, dtype=torch.float64))
-        if self.critic is not None:
+        first = self.policy.ranks.first
+        self.optimizer.save(path, torch.tensor(state, dtype=torch.float64), write=first)
+        if self.critic is not None and first:
             self.critic.save(path.parent)
 
     def load_optimizer(self, path: Path, version: int) -> None:

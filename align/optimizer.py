@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align.ranks import like, named_shards, whole
+
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -63,7 +65,7 @@ class Optimizer:
 
     def clip(self) -> float:
         """Scale the gradient to at most `max_grad_norm`; returns its norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm))
+        return float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)))
 
     def lr(self, step: int) -> float:
         """Learning rate of step 1..num_steps."""
@@ -79,14 +81,22 @@ class Optimizer:
         """Forget the gradient."""
         self.adam.zero_grad(set_to_none=True)
 
-    def save(self, path: Path, state: Tensor) -> None:
-        """Write Adam's moments and step counts by parameter name, and its owner's own state, as safetensors."""
-        tensors = {"owner": state} | {
-            f"{key}.{name}": value
-            for name, parameter in self._named_parameters()
-            for key, value in self.adam.state[parameter].items()
-        }
-        save_file(tensors, path)
+    def save(self, path: Path, state: Tensor, write: bool = True) -> None:
+        """Write Adam's moments and step counts by parameter name, and its owner's own state, as safetensors.
+
+        Args:
+            path: The file.
+            state: The owner's.
+            write: False on a rank that only takes part in gathering the moments.
+        """
+        tensors = {"owner": state}
+        for name, parameter in self._named_parameters():
+            for key, value in self.adam.state[parameter].items():
+                full = whole(value)
+                if write:
+                    tensors[f"{key}.{name}"] = full.cpu()
+        if write:
+            save_file(tensors, path)
 
     def load(self, path: Path) -> Tensor:
         """Take up what `save` wrote; returns the owner's state.
@@ -103,8 +113,8 @@ class Optimizer:
         for name, parameter in self._named_parameters():
             state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
             if state:
-                self.adam.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+                self.adam.state[parameter] = {k: v if k == "step" else like(v, parameter) for k, v in state.items()}
         return owned
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in named_shards(self.model) if p.requires_grad)

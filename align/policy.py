@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.ranks import Ranks, is_sharded, named_shards, shard, whole
 from align.support import restricted
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
@@ -47,6 +48,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
+        self.ranks = Ranks()
 
     @classmethod
     def load(cls, directory: Path | str, *, device: str = "cpu", compute_dtype: str = "float32") -> Policy:
@@ -67,9 +69,26 @@ class Policy:
         )
         return cls(model.to(device).eval(), load_tokenizer(directory), compute_dtype)
 
+    def shard(self, ranks: Ranks) -> None:
+        """Hold a shard of the parameters from now on; see `align.ranks.shard`. Every verb then takes all ranks at once."""
+        shard(self.model, ranks)
+        self.ranks = ranks
+
     def save(self, directory: Path, dtype: str = "float32") -> None:
-        """Write a Hugging Face folder that transformers and vLLM load."""
-        state = {name: tensor.to(DTYPES[dtype]) for name, tensor in self.model.state_dict().items()}
+        """Write a Hugging Face folder that transformers and vLLM load.
+
+        Of many ranks the first writes, from its host memory; a device holds one whole parameter at a time.
+        """
+        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        tied = every - {name for name, _ in self.model.named_parameters()}  # gathered twice, it would be written twice
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            if name not in tied:
+                full = whole(tensor)
+                if self.ranks.first:
+                    state[name] = full.to("cpu", DTYPES[dtype])
+        if not self.ranks.first:
+            return
         self.model.save_pretrained(directory, state_dict=state)
         self.tokenizer.save_pretrained(directory)
 
@@ -87,16 +106,34 @@ class Policy:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once (a tied head is not repeated), by its name in a Hugging Face folder.
 
-        transformers holds the experts of a mixture in one tensor, folders and vLLM know each by itself. The parts are views
-        or copies, made one parameter at a time.
+        Of many ranks the first asks, while the others `follow`; one parameter at a time is whole.
+        """
+        names, parameters = zip(*named_shards(self.model), strict=True)
+        for name, parameter in zip(names, self.ranks.lead([p.detach() for p in parameters]), strict=True):
+            yield from self._stored(name, parameter).items()
+
+    def named_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of all that `named_weights` yields, by name and in its order; gathers nothing."""
+        stored = (self._stored(n, torch.empty(p.shape, device="meta")) for n, p in named_shards(self.model))
+        return {name: tuple(tensor.shape) for parts in stored for name, tensor in parts.items()}
+
+    def follow(self) -> None:
+        """On every rank but the first: take part in `named_weights` until the first calls `ranks.release`."""
+        self.ranks.follow([p.detach() for _, p in named_shards(self.model)])
+
+    def _stored(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter as folders and vLLM know it.
+
+        transformers holds the experts of a mixture in one tensor, others know each by itself. The parts are views or copies.
         """
         from transformers import PreTrainedModel
         from transformers.core_model_loading import revert_weight_conversion
 
-        for name, parameter in self.model.named_parameters():
-            held = {name: parameter.detach()}
-            stored = revert_weight_conversion(self.model, held) if isinstance(self.model, PreTrainedModel) else held
-            yield from stored.items()
+        held = {name: parameter}
+        stored: dict[str, Tensor] = (
+            revert_weight_conversion(self.model, held) if isinstance(self.model, PreTrainedModel) else held
+        )
+        return stored
 
     def logits(self, token_ids: Tensor, start: int = 1) -> Tensor:
         """Logits of the distributions that tokens `start .. T-1` are drawn from. The one place with the shift by one.
@@ -202,6 +239,7 @@ class Policy:
                 temperature=temperature,
                 top_k=0,
                 top_p=1.0,
+                synced_gpus=is_sharded(self.model),  # no rank stops before the others
             )
         return [self._until_end(row.tolist()) for row in output[:, longest:]]
 
@@ -236,7 +274,9 @@ class Policy:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype])
+        # Of a sharded model the cached copies would outlive the layers that they were made for.
+        cached = not is_sharded(self.model)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype], cache_enabled=cached)
 
 
 def _logprobs_of(logits: Tensor, others: Tensor, start: int) -> Tensor:

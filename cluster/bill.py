@@ -49,21 +49,23 @@ def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> l
 
 def _learner(cfg: RunConfig, model: ModelShape) -> Role:
     tokens, bytes_each = cfg.learner.max_tokens_per_micro_batch, _BYTES[cfg.learner_dtype]
-    states = 16 * model.num_parameters
+    num_ranks = cfg.learner.num_ranks
+    states = 16 * model.num_parameters // num_ranks
     activations = _ACTIVATION_BYTES * bytes_each // 2 * tokens * model.hidden_size * model.num_layers
     cast = bytes_each * model.num_parameters if bytes_each < 4 else 0
     logits = 2 * 4 * tokens * model.vocab_size
     total = states + activations + cast + logits
     on_gpu = cfg.learner.num_gpus > 0
+    loaded = 4 * model.num_parameters if num_ranks == 1 else 8 * model.num_parameters
     return Role(
         "learner",
-        1,
+        num_ranks,
         cfg.learner.num_cpus,
         cfg.learner.num_gpus,
-        4 * model.num_parameters if on_gpu else total,
+        loaded if on_gpu else max(total, loaded),
         total if on_gpu else 0,
-        "weights, gradient, two moments in float32: 16 B x parameters; activations 34 x tokens x width x layers "
-        "(16-bit), logits 8 B x tokens x vocabulary",
+        "weights, gradient, two moments in float32: 16 B x parameters / ranks; activations 34 x tokens x width x layers "
+        "(16-bit), logits 8 B x tokens x vocabulary; in host memory at times all weights (4 B), on many ranks all moments (8 B)",
     )
 
 

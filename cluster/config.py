@@ -149,8 +149,8 @@ class RunConfig(Section):
             "policy keeps, which is what the sampler kept at equal version only"
             if sampling.truncates and self.run.max_staleness > 0
             else None,
-            "sampling.top_p < 1 or top_k > 0 needs algorithm.num_epochs = 1 and num_minibatches = 1: after the first optimizer step "
-            "the policy keeps other tokens than the sampler did"
+            "sampling.top_p < 1 or top_k > 0 needs algorithm.num_epochs = 1 and num_minibatches = 1: after the first optimizer "
+            "step the policy keeps other tokens than the sampler did"
             if sampling.truncates and algorithm.num_epochs * algorithm.num_minibatches > 1
             else None,
             f"algorithm.distillation = {algorithm.distillation!r} needs sampling.top_p = 1 and top_k = 0: the divergence is that "
@@ -208,6 +208,24 @@ class RunConfig(Section):
             else None,
             "weights.transport = 'ipc' is for one engine on the learner's GPU: rollout.num_actors = 1 and num_gpus = 1"
             if self.weights.transport == "ipc" and (rollout.num_actors, rollout.num_gpus) != (1, 1)
+            else None,
+            *self._problems_of_ranks(),
+        ]
+
+    def _problems_of_ranks(self) -> list[str | None]:
+        learner, num_trajectories = self.learner, self.run.prompts_per_step * self.run.group_size
+        if learner.num_ranks == 1:
+            return []
+        return [
+            f"learner.num_ranks ({learner.num_ranks}) is above the {num_trajectories} trajectories of a step "
+            "(run.prompts_per_step * run.group_size): some ranks would have nothing to train on"
+            if learner.num_ranks > num_trajectories
+            else None,
+            "learner.num_ranks above 1 needs learner.num_cpus or num_gpus above 0, by which Ray places the ranks"
+            if not (learner.num_cpus or learner.num_gpus)
+            else None,
+            "weights.transport = 'ipc' is for a learner on one GPU; with learner.num_ranks above 1 use 'nccl'"
+            if self.weights.transport == "ipc"
             else None,
         ]
 

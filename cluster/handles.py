@@ -6,7 +6,7 @@ Token arrays stay behind Ray's object references: they go from actor to actor, a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from cluster.learning import Answer
 from cluster.loop import Rollout
 from cluster.rollout import RolloutConfig
 from cluster.weights import Link
+
+_CAUSE_S = 5.0  # how long Ray may take to tell that a process died
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,30 +147,44 @@ class Published:
 
 
 class LearnerHandle(Handle):
-    """The learner; see `cluster.loop.Learner`."""
+    """The learner; see `cluster.loop.Learner`. Of several ranks the first answers, and the loss of any is that of the learner.
 
-    def __init__(self, actor: Any, deadlines: Deadlines) -> None:
+    Every call goes to all ranks at once, without a wait in between, so that all of them run all calls in the same order.
+
+    Args:
+        actor: Ray's handle on the first rank.
+        deadlines: Times for its work.
+        others: Ray's handles on the other ranks.
+    """
+
+    def __init__(self, actor: Any, deadlines: Deadlines, others: Sequence[Any] = ()) -> None:
         super().__init__(actor, "learner", 0)
         self.deadlines = deadlines
+        self._ranks: list[Handle] = [self, *(Handle(other, self.role, rank) for rank, other in enumerate(others, 1))]
 
     async def ready(self) -> None:
-        """Wait until the policy is loaded."""
-        await self.answer(self.actor.ready.remote(), "start", self.deadlines.start_s)
+        """Wait until the policy is loaded, by several ranks together."""
+        if len(self._ranks) == 1:
+            starts = [self.actor.ready.remote()]
+        else:
+            meeting = self.actor.host.remote()
+            starts = self._call(lambda actor: actor.join.remote(meeting))
+        await self._together(starts, "start", self.deadlines.start_s)
 
     async def update(self, rollouts: Sequence[Rollout], step: int) -> list[Metric]:
         """One optimizer step on these rollouts."""
         parts = [*(r.payload for r in rollouts), *(r.scores for r in rollouts)]
-        metrics: list[Metric] = await self.answer(
-            self.actor.update.remote(step, *parts), f"update of step {step}", self.deadlines.update_s
-        )
+        updates = self._call(lambda actor: actor.update.remote(step, *parts))
+        metrics: list[Metric] = await self._together(updates, f"update of step {step}", self.deadlines.update_s)
         return metrics
 
     async def export(self, canary: Sequence[Sequence[int]]) -> Published:
         """Put the current weights into Ray's object store, and score the canary with them."""
         exported, summary = self.actor.export.options(num_returns=2).remote()
-        scored = self.actor.canary.remote(canary)
-        num_bytes, version = await self.answer(summary, "export of the weights", self.deadlines.save_s)
-        expected = await self.answer(scored, "canary", self.deadlines.save_s)
+        exporting = [summary, *self._followers()]
+        scored = self._call(lambda actor: actor.canary.remote(canary))
+        num_bytes, version = await self._together(exporting, "export of the weights", self.deadlines.save_s)
+        expected = await self._together(scored, "canary", self.deadlines.save_s)
         return Published(version, num_bytes, expected, exported=exported)
 
     async def send(self, canary: Sequence[Sequence[int]], link: Link, regroup: Mapping[int, Any] | None) -> Published:
@@ -186,28 +202,80 @@ class LearnerHandle(Handle):
             ActorLost: If the learner, or an engine (see its role), was lost.
         """
         connecting = None if regroup is None else self.actor.connect.remote(regroup, link)
-        sending = self.actor.send.remote()
-        scored = self.actor.canary.remote(canary)
+        sending = [self.actor.send.remote(), *self._followers()]
+        scored = self._call(lambda actor: actor.canary.remote(canary))
         if connecting is not None:
             await self.answer(connecting, "connect", self.deadlines.update_s + 2 * link.deadline_s)
         deadline_s = self.deadlines.save_s + 4 * link.deadline_s
-        fingerprint, num_bytes, version = await self.answer(sending, "send of the weights", deadline_s)
-        expected = await self.answer(scored, "canary", self.deadlines.save_s)
+        fingerprint, num_bytes, version = await self._together(sending, "send of the weights", deadline_s)
+        expected = await self._together(scored, "canary", self.deadlines.save_s)
         return Published(version, num_bytes, expected, fingerprint=fingerprint)
 
     async def export_reference(self, directory: Path) -> str:
         """Write the policy as a Hugging Face folder, for the scorers; returns the fingerprint of its weights in float32."""
-        writing = self.actor.export_policy.remote(directory)
-        inspecting = self.actor.fingerprint.remote()
-        await self.answer(writing, "export of the reference", self.deadlines.save_s)
-        fingerprint: str = await self.answer(inspecting, "fingerprint", self.deadlines.save_s)
+        writing = self._call(lambda actor: actor.export_policy.remote(directory))
+        inspecting = [self.actor.fingerprint.remote(), *self._followers()]
+        await self._together(writing, "export of the reference", self.deadlines.save_s)
+        fingerprint: str = await self._together(inspecting, "fingerprint", self.deadlines.save_s)
         return fingerprint
 
     async def evaluate(self, ref_log_distributions: Any, rollouts: Sequence[Rollout]) -> list[Answer]:
         """Judge what the current policy sampled; without a reference there are no distributions."""
-        reference = self.actor.evaluate.remote(ref_log_distributions, *(r.payload for r in rollouts))
-        answers: list[Answer] = await self.answer(reference, "evaluation", self.deadlines.update_s)
+        payloads = [r.payload for r in rollouts]
+        judging = self._call(lambda actor: actor.evaluate.remote(ref_log_distributions, *payloads))
+        answers: list[Answer] = await self._together(judging, "evaluation", self.deadlines.update_s)
         return answers
+
+    async def canary_sequences(self, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int) -> list[list[int]]:
+        """See `LearnerActor.canary_sequences`."""
+        sampling = self._call(lambda actor: actor.canary_sequences.remote(prompts, max_tokens, seed))
+        sequences: list[list[int]] = await self._together(sampling, "canary", self.deadlines.start_s)
+        return sequences
+
+    async def save(self, directory: Path) -> None:
+        """Write policy and optimizer into a folder that all ranks and this process see."""
+        await self._together(self._call(lambda actor: actor.save.remote(directory)), "save", self.deadlines.save_s)
+
+    async def restore(self, directory: Path, version: int) -> None:
+        """Take up the optimizer of a checkpoint."""
+        restoring = self._call(lambda actor: actor.restore.remote(directory, version))
+        await self._together(restoring, "restore", self.deadlines.save_s)
+
+    async def export_policy(self, directory: Path) -> None:
+        """Write the policy as a Hugging Face folder."""
+        writing = self._call(lambda actor: actor.export_policy.remote(directory))
+        await self._together(writing, "export of the policy", self.deadlines.save_s)
+
+    def _call(self, call: Callable[[Any], Any]) -> list[Any]:
+        """References to the answers of all ranks."""
+        return [call(handle.actor) for handle in self._ranks]
+
+    def _followers(self) -> list[Any]:
+        return [handle.actor.follow.remote() for handle in self._ranks[1:]]
+
+    async def _together(self, references: Sequence[Any], phase: str, deadline_s: float) -> Any:
+        """The first rank's answer, once all ranks have answered.
+
+        When a rank dies the others fail too, since they wait for it, and often this is seen first. So a failure is given a
+        moment for its cause, which is raised instead of what it brought about.
+
+        Raises:
+            ActorLost: If a rank died or was too late.
+            RunError: If the work failed.
+        """
+        pairs = zip(self._ranks, references, strict=True)
+        answers = [asyncio.ensure_future(handle.answer(r, phase, deadline_s)) for handle, r in pairs]
+        try:
+            _, late = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
+            if late:
+                await asyncio.wait(late, timeout=_CAUSE_S)
+            errors = [error for answer in answers if answer.done() and (error := answer.exception())]
+            if errors:
+                raise next((error for error in errors if isinstance(error, ActorLost)), errors[0])
+            return answers[0].result()
+        finally:
+            for answer in answers:
+                answer.cancel()
 
 
 def spend(used: int, limit: int, key: str, error: BaseException) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from align.losses import exact_kl
 from align.metrics import Metric
 from align.optimizer import OptimizerConfig
 from align.policy import Policy
+from align.ranks import Meeting, host, join
 from align.rewards.kinds import RewardConfig, verifier_of
 from align.types import FloatArray, Group, Prompt, ScoredGroup, TokenRewards, Trajectory
 from cluster import transcripts
@@ -50,8 +53,26 @@ class Answer:
     accuracy: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank of the learner is among the others.
+
+    Attributes:
+        rank: Its number.
+        node_address: Gives the address of the node that it is called on.
+        timeout_s: Longest wait of a rank for another one.
+    """
+
+    rank: int
+    node_address: Callable[[], str]
+    timeout_s: float
+
+
 class LearnerActor:
-    """Holds the learner. A plain class; `placement.py` makes it a Ray actor.
+    """Holds the learner, or one rank of it. A plain class; `placement.py` makes it a Ray actor.
+
+    Of several ranks all `join`, and then all are called for everything, in the same order, since each of their forward
+    passes waits for the others. What only the first can do (`export`, `send`) the others `follow`.
 
     Args:
         model: Hugging Face folder of the initial policy, or of a checkpoint.
@@ -69,6 +90,7 @@ class LearnerActor:
         trajectories: Folder for the Parquet files.
         seed: The run's seed.
         critic: The critic that the algorithm asks for, or None.
+        place: Where this rank is, if there are several.
     """
 
     def __init__(
@@ -89,26 +111,32 @@ class LearnerActor:
         trajectories: Path,
         seed: int,
         critic: CriticConfig | None = None,
+        place: Place | None = None,
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
         torch.manual_seed(seed)
-        device = "cuda" if cfg.num_gpus else "cpu"
-        self.policy = Policy.load(model, device=device, compute_dtype=compute_dtype)
+        self.device = "cuda" if cfg.num_gpus else "cpu"
+        # A GPU holds the whole policy only if it holds it alone: shards are moved there one by one.
+        self.policy = Policy.load(model, device="cpu" if place else self.device, compute_dtype=compute_dtype)
         self.exact = Policy(self.policy.model, self.policy.tokenizer)  # float32, for evaluations
+        self.place = place
+        self.cfg = cfg
         value_critic = None
         if critic is not None:
             value_critic = Critic(
-                Critic.model_from(critic.model or model, device),
+                Critic.model_from(critic.model or model, self.device),
                 critic,
                 num_steps,
                 value_clip=algorithm.value_clip,
                 max_tokens=cfg.max_tokens_per_micro_batch,
                 compute_dtype=compute_dtype,
             )
-        self.learner = Learner(
-            self.policy, algorithm, optimizer, cfg, num_steps, temperature, value_critic, top_k, top_p
+        self._new_learner: Callable[[], Learner] = partial(
+            Learner, self.policy, algorithm, optimizer, cfg, num_steps, temperature, value_critic, top_k, top_p
         )
-        self.wire = WireWeights(self.policy.named_weights, wire_dtype)
+        if place is None:
+            self.learner = self._new_learner()
+        self.wire = WireWeights(self.policy.named_weights, wire_dtype, self.policy.named_shapes)
         self.wire_dtype = wire_dtype
         self.sender: Sender | None = None
         self.judge = JUDGES[judge] if judge else None
@@ -117,6 +145,24 @@ class LearnerActor:
 
     def ready(self) -> None:
         """Returns once the policy is loaded."""
+
+    def host(self) -> Meeting:
+        """Open the place where the ranks meet; on the first alone."""
+        assert self.place is not None
+        self._store, meeting = host(self.place.node_address(), self.place.timeout_s)
+        return meeting
+
+    def join(self, meeting: Meeting) -> None:
+        """Meet the other ranks and share the policy with them. Returns once all have come."""
+        assert self.place is not None
+        address, timeout_s = self.place.node_address(), self.place.timeout_s
+        rank, num_ranks = self.place.rank, self.cfg.num_ranks
+        self.policy.shard(join(meeting, rank, num_ranks, address=address, device=self.device, timeout_s=timeout_s))
+        self.learner = self._new_learner()
+
+    def follow(self) -> None:
+        """Take part in what the first rank gathers for `export` or `send`, until it is done with it."""
+        self.policy.follow()
 
     def update(self, step: int, *parts: Group | tuple[TokenRewards, ...]) -> list[Metric]:
         """One optimizer step; `parts` are n groups followed by their n scores. Writes the trajectories of the step.
@@ -127,7 +173,8 @@ class LearnerActor:
         half = len(parts) // 2
         pairs = zip(parts[:half], parts[half:], strict=True)
         groups = [ScoredGroup(group, scores) for group, scores in pairs]  # type: ignore[arg-type]
-        transcripts.write(self.trajectories / f"step_{step:05d}.parquet", groups, self.policy.tokenizer, step)
+        if self.policy.ranks.first:
+            transcripts.write(self.trajectories / f"step_{step:05d}.parquet", groups, self.policy.tokenizer, step)
         try:
             return self.learner.update(collate(groups)).metrics
         except NonFiniteUpdates as error:
@@ -135,8 +182,17 @@ class LearnerActor:
 
     def export(self) -> tuple[ExportedWeights, tuple[int, int]]:
         """The current weights in the type that the engines take, with their fingerprint; and their (bytes, version)."""
-        weights = export_weights(self.policy.named_weights(), self.learner.version, self.wire_dtype)
+        with self._leading():
+            weights = export_weights(self.policy.named_weights(), self.learner.version, self.wire_dtype)
         return weights, (weights.num_bytes, weights.version)
+
+    @contextlib.contextmanager
+    def _leading(self) -> Iterator[None]:
+        """The other ranks follow until the end of the block, however it comes."""
+        try:
+            yield
+        finally:
+            self.policy.ranks.release()
 
     def connect(self, engines: Mapping[int, Any], link: Link) -> None:
         """Form a group with exactly these rollout actors (Ray's handles by rank; none leaves the learner alone).
@@ -161,9 +217,10 @@ class LearnerActor:
             ActorLost: If an engine was lost on the way.
         """
         version = self.learner.version
-        fingerprint, num_bytes = inspect(self.wire, version)
-        if self.sender is not None:
-            self.sender.send()
+        with self._leading():
+            fingerprint, num_bytes = inspect(self.wire, version)
+            if self.sender is not None:
+                self.sender.send()
         return fingerprint, num_bytes, version
 
     def canary_sequences(self, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int) -> list[list[int]]:
@@ -222,5 +279,6 @@ class LearnerActor:
 
     def fingerprint(self) -> str:
         """Of the weights in float32. Raises TrainingDiverged if one is not finite."""
-        fingerprint, _ = inspect(self.policy.named_weights(), self.learner.version)
+        with self._leading():
+            fingerprint, _ = inspect(self.policy.named_weights(), self.learner.version)
         return fingerprint

@@ -14,12 +14,13 @@ from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align.types import Ticket
 from cluster.config import RunConfig
 from cluster.faults import ResourceError
 from cluster.handles import Deadlines, LearnerHandle, RolloutHandle
-from cluster.learning import LearnerActor
+from cluster.learning import LearnerActor, Place
 from cluster.publication import FleetHandle
 from cluster.rollout import RolloutActor, engine_settings
 from cluster.scorer import ScorerActor
@@ -49,10 +50,10 @@ class Demand:
     def of(cls, cfg: RunConfig) -> Demand:
         """Sums over the roles. By default scorers set no CPU aside, since on one machine they compute while others wait."""
         return cls(
-            num_cpus=cfg.learner.num_cpus
+            num_cpus=cfg.learner.num_ranks * cfg.learner.num_cpus
             + cfg.rollout.num_actors * cfg.rollout.num_cpus
             + cfg.scorer.num_actors * cfg.scorer.num_cpus,
-            num_gpus=_gpus(cfg, cfg.learner.num_gpus)
+            num_gpus=cfg.learner.num_ranks * _gpus(cfg, cfg.learner.num_gpus)
             + cfg.rollout.num_actors * _gpus(cfg, cfg.rollout.num_gpus)
             + cfg.scorer.num_actors * cfg.scorer.num_gpus,
         )
@@ -63,18 +64,19 @@ class Demand:
             if needed > there:
                 raise ResourceError(
                     f"the run needs {needed:g} {kind}, {where} has {there:g}",
-                    f"lower rollout.num_actors or the num_{kind.lower()} of the roles, or use a cluster with {needed:g} {kind}",
+                    f"lower rollout.num_actors, learner.num_ranks or num_{kind.lower()} of the roles, "
+                    f"or use a cluster with {needed:g} {kind}",
                 )
 
 
 def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
     """Raise ResourceError if what surely lies in host memory is more than there is.
 
-    On CPUs: weights, gradients and Adam's two moments of the learner in float32 (4 x), the weights and the keys and values
-    of every engine, and every copy of the reference, if there is one, which is taken to be as large as the policy; where it
-    is refreshed, the first one is kept beside the newest.
+    On CPUs: weights, gradients and Adam's two moments of the learner in float32 (4 x, shared by its ranks, each of which loads
+    all weights at first), the weights and the keys and values of every engine, and every copy of the reference, if there is
+    one, which is taken to be as large as the policy; where it is refreshed, the first one is kept beside the newest.
     """
-    learner = 0 if cfg.learner.num_gpus else 4 * weights_bytes
+    learner = 0 if cfg.learner.num_gpus else max(4, cfg.learner.num_ranks) * weights_bytes
     engine = 0 if cfg.rollout.num_gpus else weights_bytes + (cfg.rollout.kv_cache_bytes or 0)
     copies = 0 if cfg.scorer.num_gpus or cfg.reference is None else 1 + bool(cfg.refresh_every)
     scorer = copies * weights_bytes
@@ -204,9 +206,9 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
     Raises:
         ActorLost: If one does not start within its deadline.
     """
+    first, *others = _create_learners(cfg, run_dir, policy)
     learner = LearnerHandle(
-        _create_learner(cfg, run_dir, policy),
-        Deadlines(cfg.deadlines.start_s, cfg.deadlines.update_s, cfg.deadlines.save_s),
+        first, Deadlines(cfg.deadlines.start_s, cfg.deadlines.update_s, cfg.deadlines.save_s), others
     )
 
     def create_scorer(rank: int) -> Any:
@@ -222,7 +224,6 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
     ]
     await asyncio.gather(learner.ready(), *(s.ready() for s in scorers), *(a.ready() for a in actors))
     prompts = [ticket.prompt.token_ids for ticket in canary]
-    sequences = learner.actor.canary_sequences.remote(prompts, cfg.rollout.max_model_len - 1, cfg.run.seed)
     fleet = FleetHandle(
         actors,
         create_rollout,
@@ -230,7 +231,7 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
         cfg.rollout,
         cfg.weights,
         cfg.engine_dtype,
-        await learner.answer(sequences, "canary", cfg.deadlines.start_s),
+        await learner.canary_sequences(prompts, cfg.rollout.max_model_len - 1, cfg.run.seed),
         Link.of(cfg.weights, cfg.transport, cfg.rollout.num_gpus, cfg.rollout.load_deadline_s),
         console.warn,
     )
@@ -244,12 +245,29 @@ def max_groups_per_actor(cfg: RunConfig) -> int:
     return math.ceil(slots / cfg.rollout.num_actors)
 
 
-def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path) -> Any:
+def _create_learners(cfg: RunConfig, run_dir: Path, policy: Path) -> list[Any]:
+    """All ranks of the learner. Ray places several together or not at all, on as few nodes as it can."""
+    num_ranks = cfg.learner.num_ranks
+    if num_ranks == 1:
+        return [_create_learner(cfg, run_dir, policy)]
+    bundle = {"CPU": cfg.learner.num_cpus, "GPU": cfg.learner.num_gpus}
+    bundles = [{kind: amount for kind, amount in bundle.items() if amount}] * num_ranks
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    # No rank gives up on another before this process does: the longest of its deadlines, which for a send has four calls.
+    deadlines = cfg.deadlines
+    timeout_s = max(deadlines.start_s, deadlines.update_s, deadlines.save_s + 4 * cfg.rollout.load_deadline_s)
+    places = [Place(rank, ray.util.get_node_ip_address, timeout_s) for rank in range(num_ranks)]
+    return [_create_learner(cfg, run_dir, policy, place, group) for place in places]
+
+
+def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path, place: Place | None = None, group: Any = None) -> Any:
     options = {
         "num_cpus": cfg.learner.num_cpus,
         "num_gpus": _gpus(cfg, cfg.learner.num_gpus),
         "runtime_env": _environment(cfg.learner.num_threads),
     }
+    if place is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, place.rank)
     return (
         ray.remote(LearnerActor)
         .options(**options)
@@ -269,6 +287,7 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path) -> Any:
             trajectories=run_dir.resolve() / "trajectories",
             seed=cfg.run.seed,
             critic=cfg.critic,
+            place=place,
         )
     )
 

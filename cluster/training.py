@@ -9,7 +9,6 @@ import signal
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 from align.metrics import Metric, reduce
 from align.prompts import PromptStream, derive_seed
@@ -124,7 +123,7 @@ class Training:
         try:
             if restored:
                 self.console.say(f"resuming     after step {state.version}, from {restored.path}")
-                await self._learner(self.workers.learner.actor.restore.remote(restored.path.resolve(), state.version))
+                await self.workers.learner.restore(restored.path.resolve(), state.version)
                 if state.reference_version:
                     await self.reference.restore(restored.path, state.reference_version, state.reference_fingerprint)
             return await self._loop(state)
@@ -163,7 +162,7 @@ class Training:
         if not finished and last > state.version and last % cfg.checkpoint.every:
             await self._save(last)
         if finished:
-            await self._learner(self.workers.learner.actor.export_policy.remote(self.folder.path.resolve() / "policy"))
+            await self.workers.learner.export_policy(self.folder.path.resolve() / "policy")
         return "finished" if finished else "stopped"
 
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
@@ -203,13 +202,10 @@ class Training:
         )
 
         async def write(directory: Path) -> None:
-            await self._learner(self.workers.learner.actor.save.remote(directory.resolve()))
+            await self.workers.learner.save(directory.resolve())
             await self.reference.copy_into(directory)
 
         await checkpoint.save(self.folder.path / "checkpoints", state, self.cfg.checkpoint.keep, write)
-
-    async def _learner(self, reference: Any) -> Any:
-        return await self.workers.learner.answer(reference, "save or restore", self.cfg.deadlines.save_s)
 
     def _evaluator(self) -> Evaluator:
         cfg, num = self.cfg, self.cfg.evaluation.max_prompts

@@ -160,10 +160,17 @@ class WireWeights:
     Args:
         named_weights: Called for every pass; yields every parameter once, by Hugging Face name, in the same order.
         dtype: "float32" or "bfloat16".
+        named_shapes: Names and shapes of what a pass yields, in its order, which has to gather no weight.
     """
 
-    def __init__(self, named_weights: Callable[[], Iterable[tuple[str, Tensor]]], dtype: str) -> None:
+    def __init__(
+        self,
+        named_weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        dtype: str,
+        named_shapes: Callable[[], Mapping[str, tuple[int, ...]]],
+    ) -> None:
         self._named_weights = named_weights
+        self._named_shapes = named_shapes
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -172,7 +179,7 @@ class WireWeights:
 
     def metadata(self) -> list[WeightInfo]:
         """Name, type and shape of what a pass yields, in its order."""
-        return [WeightInfo(name, self.dtype, tuple(weight.shape)) for name, weight in self._named_weights()]
+        return [WeightInfo(name, self.dtype, shape) for name, shape in self._named_shapes().items()]
 
     @property
     def largest_bytes(self) -> int:

@@ -120,7 +120,7 @@ def link(transport: str, **changes: Any) -> Any:
 def wire() -> Any:
     from cluster.weights import WireWeights
 
-    return WireWeights(TENSORS.items, "bfloat16")
+    return WireWeights(TENSORS.items, "bfloat16", lambda: {name: tuple(t.shape) for name, t in TENSORS.items()})
 
 
 def expected_bytes() -> bytes:

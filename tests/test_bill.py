@@ -40,6 +40,15 @@ def test_a_learner_on_a_gpu_also_holds_the_weights_cast_to_bfloat16() -> None:
     assert learner.host_bytes == 4 * 1000
 
 
+def test_ranks_hold_a_share_of_the_states_each_and_at_times_all_moments_in_host_memory() -> None:
+    learner = bill(learner={"max_tokens_per_micro_batch": 10, "num_gpus": 1, "num_ranks": 2}, rollout={"num_gpus": 1})[
+        "learner"
+    ]
+    assert (learner.count, learner.gpus) == (2, 1)
+    assert learner.gpu_bytes == 8 * 1000 + 34 * 10 * 8 * 2 + 2 * 1000 + 8 * 10 * 50
+    assert learner.host_bytes == 8 * 1000
+
+
 def test_an_engine_over_several_gpus_holds_its_share_on_each() -> None:
     engine = bill(rollout={"num_gpus": 4, "max_model_len": 100}, sampling={"max_tokens": 10})["rollout"]
     assert engine.gpu_bytes == 2 * 1000 // 4 + 64 * 100 // 4

@@ -301,6 +301,12 @@ DROPS = ["filter.drop_without_signal=true", "algorithm.name=grpo", "run.group_si
         (["weights.transport=nccl"], "weights.transport = 'nccl' needs GPUs"),
         (["weights.transport=nccl", "rollout.num_gpus=1"], "weights.transport = 'nccl' needs GPUs"),
         (["weights.transport=ipc", "learner.num_gpus=1"], "weights.transport = 'ipc' needs GPUs"),
+        (["learner.num_ranks=3"], "learner.num_ranks (3) is above the 2 trajectories of a step"),
+        (["learner.num_ranks=2", "learner.num_cpus=0"], "num_ranks above 1 needs learner.num_cpus or num_gpus above 0"),
+        (
+            ["learner.num_ranks=2", "learner.num_gpus=1", "rollout.num_gpus=1", "weights.transport=ipc"],
+            "'ipc' is for a learner on one GPU; with learner.num_ranks above 1 use 'nccl'",
+        ),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(overrides: list[str], expected: str, run_file: Path) -> None:

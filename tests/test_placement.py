@@ -27,6 +27,7 @@ from tests.run_files import config
         ({"rollout": {"num_actors": 3}, "scorer": {"num_actors": 2}}, 4, 0),
         ({"rollout": {"num_actors": 2, "num_gpus": 4}, "learner": {"num_gpus": 1}}, 3, 9),
         ({"rollout": {"num_gpus": 1}, "learner": {"num_gpus": 1}, "scorer": {"num_gpus": 0.5, "num_actors": 2}}, 2, 3),
+        ({"learner": {"num_ranks": 2, "num_gpus": 1, "num_cpus": 3}, "rollout": {"num_gpus": 1}}, 7, 3),
         ({"rollout": {"num_cpus": 0.5, "num_actors": 4}, "scorer": {"num_cpus": 1}, "learner": {"num_cpus": 2}}, 5, 0),
     ],
 )
@@ -79,6 +80,8 @@ MEMORY = [
     ({"scorer": {"num_actors": 2}}, 4 + 1 + 2),
     ({"reference": {"refresh_every": 5}}, 4 + 1 + 2),
     ({"reference": None, "reward": {"kind": "exact_match"}, "scorer": {"num_actors": 2}}, 4 + 1),
+    ({"learner": {"num_ranks": 2}}, 4 + 1 + 1),  # shards of the same
+    ({"learner": {"num_ranks": 6}, "run": {"prompts_per_step": 6}}, 6 + 1 + 1),  # each loads the whole at first
     ({"learner": {"num_gpus": 1}}, 1 + 1),
     ({"rollout": {"num_gpus": 1, "kv_cache_bytes": 2 * GIB}}, 4 + 1),
     ({"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}, "scorer": {"num_gpus": 1}}, 0),
@@ -182,6 +185,47 @@ def test_a_learner_starts_from_the_checkpoint(make_engine: Any, tmp_path: Path) 
     cfg = config(policy={"model": tmp_path / "policy"})
     _, _, (model, *_) = placement._create_learner(cfg, tmp_path, tmp_path / "step_00002" / "policy")
     assert model == tmp_path / "step_00002" / "policy"
+
+
+def test_the_ranks_of_a_learner_are_placed_together_and_know_their_number(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[Any, str]] = []
+    given: list[dict[str, Any]] = []
+
+    class Recording(FakeActorClass):
+        def options(self, **options: Any) -> FakeActorClass:
+            given.append(options)
+            return FakeActorClass(self.kind, options)
+
+    class Kept(FakeActorClass):
+        def remote(self, *arguments: Any, **settings: Any) -> Any:
+            return settings["place"]
+
+    def group(bundles: Any, strategy: str) -> str:
+        asked.append((bundles, strategy))
+        return "the group"
+
+    monkeypatch.setattr(placement.ray.util, "placement_group", group)
+    monkeypatch.setattr(FakeActorClass, "remote", Kept.remote)
+    monkeypatch.setattr(placement.ray, "remote", Recording)
+    cfg = config(
+        run={"prompts_per_step": 3},
+        learner={"num_ranks": 3, "num_cpus": 2},
+        deadlines={"update_s": 40, "save_s": 30, "start_s": 20},
+        rollout={"load_deadline_s": 5},
+    )
+    places = placement._create_learners(cfg, tmp_path, tmp_path)
+    assert asked == [([{"CPU": 2}] * 3, "PACK")]
+    strategies = [options["scheduling_strategy"] for options in given]
+    assert [s.placement_group_bundle_index for s in strategies] == [0, 1, 2]
+    assert [place.rank for place in places] == [0, 1, 2]
+    assert {place.timeout_s for place in places} == {50}, "30 s for a save and four calls of an engine"
+
+
+def test_a_learner_of_one_rank_needs_no_group(make_engine: Any, tmp_path: Path) -> None:
+    ((_, options, _),) = placement._create_learners(config(), tmp_path, tmp_path)
+    assert "scheduling_strategy" not in options
 
 
 def test_every_engine_has_a_seed_of_its_own(make_engine: Any) -> None:

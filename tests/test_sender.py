@@ -122,7 +122,7 @@ def test_the_ipc_buffer_holds_the_largest_weight_and_in_0_26_all_of_them(found: 
 
 
 def test_wire_weights_say_in_advance_what_they_yield(policy: Policy) -> None:
-    wire = WireWeights(policy.named_weights, "bfloat16")
+    wire = WireWeights(policy.named_weights, "bfloat16", policy.named_shapes)
     yielded = [(name, weight.dtype, tuple(weight.shape)) for name, weight in wire]
     assert [tuple(info) for info in wire.metadata()] == yielded
     assert wire.num_bytes == sum(weight.nbytes for _, weight in wire)
@@ -131,14 +131,14 @@ def test_wire_weights_say_in_advance_what_they_yield(policy: Policy) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_ways_publish_the_same_bytes(policy: Policy, dtype: str) -> None:
-    wire = WireWeights(policy.named_weights, dtype)
+    wire = WireWeights(policy.named_weights, dtype, policy.named_shapes)
     exported = export_weights(policy.named_weights(), 3, dtype)
     assert inspect(wire, 3) == (exported.fingerprint, exported.num_bytes)
     assert fingerprint(wire) == exported.fingerprint
 
 
 def test_wire_weights_follow_the_policy(policy: Policy) -> None:
-    wire = WireWeights(policy.named_weights, "float32")
+    wire = WireWeights(policy.named_weights, "float32", policy.named_shapes)
     before, _ = inspect(wire, 0)
     with torch.no_grad():
         next(policy.model.parameters()).view(-1)[7] += 1
@@ -146,7 +146,7 @@ def test_wire_weights_follow_the_policy(policy: Policy) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_published(policy: Policy) -> None:
-    wire = WireWeights(policy.named_weights, "bfloat16")
+    wire = WireWeights(policy.named_weights, "bfloat16", policy.named_shapes)
     with torch.no_grad():
         next(policy.model.parameters()).view(-1)[7] = math.nan
     with pytest.raises(TrainingDiverged, match="version 4 is not finite"):
