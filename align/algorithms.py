@@ -3,127 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from align.bundles import BUNDLES
+
 KL_HORIZON = 10_000  # of Ziegler et al. (2019), in the code that they published
 GROUP_BASELINES = ("group_mean", "group_outcome_mean", "leave_one_out")
 OUTCOME_BASELINES = ("group_outcome_mean", "leave_one_out")
-
-_GROUP_RELATIVE = {"rewards": "outcome", "baseline": "group_outcome_mean", "group_std": True, "importance": "none"}
-
-BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        # The project's own: policy gradient with reward-to-go of token rewards; the defaults of the fields.
-        "reinforce": {},
-        # Hu (2025), REINFORCE++: outcome reward at the end, KL per token in the reward, whitening over the batch, PPO's clip.
-        # KL 0.01 is the default of the author's code (OpenRLHF 3c3be6234).
-        "reinforce++": {
-            "whiten": True,
-            "surrogate": "ppo_clip",
-            "importance": "none",
-            "aggregation": "token_mean",
-            "kl": "reward",
-            "kl_estimator": "k1",
-            "kl_coefficient": 0.01,
-        },
-        # Ahmadian et al. (2024), Back to Basics: REINFORCE on whole trajectories, KL in the reward; KL 0.03 is of its appendix C,
-        # as TRL's index of papers quotes it. Departs: off-policy tokens are weighted by truncated pi/mu; the paper is on-policy.
-        "rloo": {
-            "rewards": "outcome",
-            "baseline": "leave_one_out",
-            "aggregation": "trajectory_mean",
-            "kl": "reward",
-            "kl_estimator": "k1",
-            "kl_coefficient": 0.03,
-        },
-        # Shao et al. (2024), DeepSeekMath, equation 3: KL 0.04 by k3 in the loss. The paper gives no epsilon; 0.2 is PPO's.
-        "grpo": {
-            **_GROUP_RELATIVE,
-            "surrogate": "ppo_clip",
-            "aggregation": "trajectory_token_mean",
-            "kl": "loss",
-            "kl_estimator": "k3",
-            "kl_coefficient": 0.04,
-        },
-        # Liu et al. (2025), Dr. GRPO: neither the standard deviation nor the length of the trajectory divides; no KL.
-        "dr_grpo": {
-            **_GROUP_RELATIVE,
-            "group_std": False,
-            "surrogate": "ppo_clip",
-            "aggregation": "constant_length",
-        },
-        # Yu et al. (2025), DAPO: clip 0.2/0.28, mean over tokens, no KL, no loss on truncated trajectories. Departs: without the
-        # soft length penalty, and groups without signal are not replaced.
-        "dapo": {
-            **_GROUP_RELATIVE,
-            "surrogate": "ppo_clip",
-            "clip_high": 0.28,
-            "aggregation": "token_mean",
-            "mask_overlong": True,
-        },
-        # Zheng et al. (2025), GSPO, section 5.1: clips 3e-4 and 4e-4 on the sequence's ratio (as in verl and TRL), no KL.
-        "gspo": {
-            **_GROUP_RELATIVE,
-            "surrogate": "gspo",
-            "clip_low": 3e-4,
-            "clip_high": 4e-4,
-            "aggregation": "trajectory_token_mean",
-        },
-        # MiniMax (2025), MiniMax-M1: no lower bound, no KL, mean over tokens. The paper leaves the upper clip open; weights up
-        # to 5 are what TRL's index of papers sets for ScaleRL.
-        "cispo": {
-            **_GROUP_RELATIVE,
-            "surrogate": "cispo",
-            "clip_low": 1.0,
-            "clip_high": 4.0,
-            "aggregation": "token_mean",
-        },
-        # Schulman et al. (2017), PPO, as Ziegler et al. (2019) apply it to language models: clips of 0.2 for ratio and value,
-        # lambda 0.95, no discount, 4 passes over the batch (read in the code that they published); KL per token in the reward
-        # with 0.02 (Ouyang et al. 2022, InstructGPT, appendix C). Departs: the critic is a model of its own with its own Adam,
-        # so there is no coefficient of the value loss (0.1 there); rewards are not whitened, advantages are.
-        "ppo": {
-            "baseline": "critic",
-            "gae_lambda": 0.95,
-            "value_clip": 0.2,
-            "whiten": True,
-            "surrogate": "ppo_clip",
-            "importance": "none",
-            "num_epochs": 4,
-            "aggregation": "token_mean",
-            "kl": "reward",
-            "kl_estimator": "k1",
-            "kl_coefficient": 0.02,
-        },
-        # Khatri et al. (2025), The art of scaling RL compute, section 4 (ScaleRL): REINFORCE with truncated importance weights
-        # (CISPO), mean over prompts, advantages scaled over the batch, no KL; weights up to 5 as in TRL's index of papers.
-        # Departs: groups without signal and solved prompts stay (both are filters); the head computes in the learner's type.
-        "scalerl": {
-            **_GROUP_RELATIVE,
-            "group_std": False,
-            "batch_std": True,
-            "surrogate": "cispo",
-            "clip_low": 1.0,
-            "clip_high": 4.0,
-            "aggregation": "prompt_mean",
-        },
-        # Agarwal et al. (2023), GKD, on the policy's own samples; as a policy gradient by Lu (2025), On-Policy Distillation
-        # (Thinking Machines): a token's advantage is -(log mu - log P_ref), discount 0, weighted by pi/mu, as in
-        # tinker-cookbook's train_on_policy. Departs: the weight is truncated, the loss a mean over tokens.
-        "on_policy_distillation": {
-            "rewards": "none",
-            "discount": 0.0,
-            "aggregation": "token_mean",
-            "kl": "reward",
-            "kl_estimator": "k1",
-            "kl_coefficient": 1.0,
-        },
-    }
-)
 
 
 class AlgorithmConfig(BaseModel):
@@ -307,12 +195,12 @@ class AlgorithmConfig(BaseModel):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> AlgorithmConfig:
-        if problems := [problem for problem, is_so in self._contradictions().items() if is_so]:
+        if problems := [problem for problem, is_so in (self._contradictions() | self._unread()).items() if is_so]:
             raise ValueError("; ".join(problems))
         return self
 
     def _contradictions(self) -> dict[str, bool]:
-        """What is wrong, and whether it is so."""
+        """Parts that do not go together: what is wrong, and whether it is so."""
         outcome_baseline, critic = self.baseline in OUTCOME_BASELINES, self.baseline == "critic"
         decoupled, several_steps = self.proximal != "behavior", self.num_epochs * self.num_minibatches > 1
         low, high = self.reward_range or (-math.inf, math.inf)
@@ -332,36 +220,19 @@ class AlgorithmConfig(BaseModel):
             "rewards = 'none' leaves nothing to learn from: it needs kl = 'reward' or a distillation": (
                 self.rewards == "none" and self.kl != "reward" and self.distillation == "none"
             ),
-            "reward_range is read by nothing: rewards is 'none'": (
-                self.rewards == "none" and self.reward_range is not None
-            ),
             "batch_std = true beside group_std or whiten would scale advantages twice": (
                 self.batch_std and (self.group_std or self.whiten)
             ),
-            "group_std_epsilon is read by nothing: group_std is false": self.group_std_epsilon > 0
-            and not self.group_std,
             f"reward_range = [{low}, {high}] is empty": not low < high,
             f"surrogate = {self.surrogate!r} has the ratio pi/mu in it: importance must be 'none', or it would count twice": (
                 self.surrogate != "reinforce" and not decoupled and self.importance not in ("none", "rejected")
             ),
-            "gate_positive and gate_negative are read by surrogate = 'soft_gate' alone": (
-                self.surrogate != "soft_gate" and self._is_set("gate_positive", "gate_negative")
-            ),
-            "guard_fraction, guard_band and guard_coefficient are read by nothing: entropy_guard is 'none'": (
-                self.entropy_guard == "none" and self._is_set("guard_fraction", "guard_band", "guard_coefficient")
-            ),
             f"guard_band = {list(self.guard_band)} is empty": not self.guard_band[0] < self.guard_band[1],
-            "distillation_top_k, distillation_coefficient and distillation_mixture are read by nothing: distillation is 'none'": (
-                self.distillation == "none"
-                and self._is_set("distillation_top_k", "distillation_coefficient", "distillation_mixture")
-            ),
             "supervised_coefficient and supervised_min_outcome need each other": (
                 (self.supervised_coefficient > 0) != (self.supervised_min_outcome is not None)
             ),
             "baseline = 'critic' needs gae_lambda, e.g. 0.95, or 1 for the whole return": critic
             and self.gae_lambda is None,
-            "gae_lambda is read by baseline = 'critic' alone": self.gae_lambda is not None and not critic,
-            "value_clip is read by baseline = 'critic' alone": self.value_clip is not None and not critic,
             f"proximal = {self.proximal!r} is where a ratio starts, and surrogate = 'reinforce' has none": (
                 decoupled and self.surrogate == "reinforce"
             ),
@@ -372,19 +243,9 @@ class AlgorithmConfig(BaseModel):
             "surrogate = 'reinforce' needs importance = 'truncated' or 'masked' then": (
                 several_steps and self.surrogate == "reinforce" and self.importance == "none"
             ),
-            "kl_target is read by nothing: kl is 'none'": self.kl == "none" and self.kl_target is not None,
-            "kl_horizon is read by nothing: there is no kl_target": self.kl_target is None
-            and self.kl_horizon != KL_HORIZON,
-            "dual_clip is read by surrogate = 'ppo_clip' alone": (
-                self.dual_clip is not None and self.surrogate != "ppo_clip"
-            ),
             "aggregation = 'constant_length' needs loss_length, e.g. the value of sampling.max_tokens": (
                 self.aggregation == "constant_length" and self.loss_length == 0
             ),
-            "loss_length is read by aggregation = 'constant_length' alone": (
-                self.loss_length > 0 and self.aggregation != "constant_length"
-            ),
-            "kl_coefficient is read by nothing: kl is 'none'": self.kl == "none" and self.kl_coefficient > 0,
             f"kl = {self.kl!r} needs a kl_coefficient above 0": self.kl != "none" and self.kl_coefficient == 0,
             "kl_estimator = 'k1' in the loss has an expected gradient of 0; choose k2, k3 or k3_grad_k2": (
                 self.kl == "loss" and self.kl_estimator == "k1"
@@ -392,6 +253,39 @@ class AlgorithmConfig(BaseModel):
             "kl_estimator = 'k3_grad_k2' differs from k3 in its gradient only, and a reward has none; choose k3": (
                 self.kl == "reward" and self.kl_estimator == "k3_grad_k2"
             ),
+        }
+
+    def _unread(self) -> dict[str, bool]:
+        """Numbers that were set and change nothing: what is wrong, and whether it is so."""
+        critic = self.baseline == "critic"
+        return {
+            "reward_range is read by nothing: rewards is 'none'": (
+                self.rewards == "none" and self.reward_range is not None
+            ),
+            "group_std_epsilon is read by nothing: group_std is false": self.group_std_epsilon > 0
+            and not self.group_std,
+            "gate_positive and gate_negative are read by surrogate = 'soft_gate' alone": (
+                self.surrogate != "soft_gate" and self._is_set("gate_positive", "gate_negative")
+            ),
+            "guard_fraction, guard_band and guard_coefficient are read by nothing: entropy_guard is 'none'": (
+                self.entropy_guard == "none" and self._is_set("guard_fraction", "guard_band", "guard_coefficient")
+            ),
+            "distillation_top_k, distillation_coefficient and distillation_mixture are read by nothing: distillation is 'none'": (
+                self.distillation == "none"
+                and self._is_set("distillation_top_k", "distillation_coefficient", "distillation_mixture")
+            ),
+            "gae_lambda is read by baseline = 'critic' alone": self.gae_lambda is not None and not critic,
+            "value_clip is read by baseline = 'critic' alone": self.value_clip is not None and not critic,
+            "kl_target is read by nothing: kl is 'none'": self.kl == "none" and self.kl_target is not None,
+            "kl_horizon is read by nothing: there is no kl_target": self.kl_target is None
+            and self.kl_horizon != KL_HORIZON,
+            "dual_clip is read by surrogate = 'ppo_clip' alone": (
+                self.dual_clip is not None and self.surrogate != "ppo_clip"
+            ),
+            "loss_length is read by aggregation = 'constant_length' alone": (
+                self.loss_length > 0 and self.aggregation != "constant_length"
+            ),
+            "kl_coefficient is read by nothing: kl is 'none'": self.kl == "none" and self.kl_coefficient > 0,
         }
 
     def _is_set(self, *names: str) -> bool:

@@ -128,34 +128,15 @@ class RunConfig(Section):
         return self
 
     def _problems(self) -> list[str | None]:
-        rollout, sampling, algorithm = self.rollout, self.sampling, self.algorithm
+        rollout, algorithm = self.rollout, self.algorithm
         num_trajectories = self.run.prompts_per_step * self.run.group_size
         weighted = algorithm.surrogate == "reinforce" or algorithm.proximal != "behavior"
-        penalties = [part for part in kinds_in(self.reward) if isinstance(part, OverlongConfig)]
         return [
             f"a [reference] is needed for {' and '.join(self.reference_readers)}"
             if self.reference is None and self.reference_readers
             else None,
             "reference.refresh_every moves a reference that only evaluations read; they stay with the first one"
             if self.refresh_every and not self.reference_readers
-            else None,
-            *(
-                f"reward 'overlong' begins above {p.max_tokens - p.cache_tokens} tokens, which sampling.max_tokens "
-                f"({sampling.max_tokens}) never lets a completion reach"
-                for p in penalties
-                if p.max_tokens - p.cache_tokens >= sampling.max_tokens
-            ),
-            "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0: the learner renormalises over the tokens that its own "
-            "policy keeps, which is what the sampler kept at equal version only"
-            if sampling.truncates and self.run.max_staleness > 0
-            else None,
-            "sampling.top_p < 1 or top_k > 0 needs algorithm.num_epochs = 1 and num_minibatches = 1: after the first optimizer "
-            "step the policy keeps other tokens than the sampler did"
-            if sampling.truncates and algorithm.num_epochs * algorithm.num_minibatches > 1
-            else None,
-            f"algorithm.distillation = {algorithm.distillation!r} needs sampling.top_p = 1 and top_k = 0: the divergence is that "
-            "of whole distributions"
-            if sampling.truncates and algorithm.distillation != "none"
             else None,
             "algorithm.rewards = 'process' needs run.group_size of at least 2: steps are compared within the group"
             if algorithm.rewards == "process" and self.run.group_size < 2
@@ -192,10 +173,6 @@ class RunConfig(Section):
             f"({self.run.max_staleness}): as many batches are in flight beside the one that is waited for"
             if self.filter.drop_without_signal and self.filter.max_dropped_batches <= self.run.max_staleness
             else None,
-            f"sampling.max_tokens ({sampling.max_tokens}) leaves no room for a prompt in rollout.max_model_len "
-            f"({rollout.max_model_len})"
-            if sampling.max_tokens >= rollout.max_model_len
-            else None,
             f"run.group_size ({self.run.group_size}) is above rollout.max_num_seqs ({rollout.max_num_seqs}): a group would "
             "never run at once"
             if self.run.group_size > rollout.max_num_seqs
@@ -209,7 +186,36 @@ class RunConfig(Section):
             "weights.transport = 'ipc' is for one engine on the learner's GPU: rollout.num_actors = 1 and num_gpus = 1"
             if self.weights.transport == "ipc" and (rollout.num_actors, rollout.num_gpus) != (1, 1)
             else None,
+            *self._problems_of_sampling(),
             *self._problems_of_ranks(),
+        ]
+
+    def _problems_of_sampling(self) -> list[str | None]:
+        sampling, algorithm, rollout = self.sampling, self.algorithm, self.rollout
+        penalties = [part for part in kinds_in(self.reward) if isinstance(part, OverlongConfig)]
+        return [
+            *(
+                f"reward 'overlong' begins above {p.max_tokens - p.cache_tokens} tokens, which sampling.max_tokens "
+                f"({sampling.max_tokens}) never lets a completion reach"
+                for p in penalties
+                if p.max_tokens - p.cache_tokens >= sampling.max_tokens
+            ),
+            "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0: the learner renormalises over the tokens that its own "
+            "policy keeps, which is what the sampler kept at equal version only"
+            if sampling.truncates and self.run.max_staleness > 0
+            else None,
+            "sampling.top_p < 1 or top_k > 0 needs algorithm.num_epochs = 1 and num_minibatches = 1: after the first optimizer "
+            "step the policy keeps other tokens than the sampler did"
+            if sampling.truncates and algorithm.num_epochs * algorithm.num_minibatches > 1
+            else None,
+            f"algorithm.distillation = {algorithm.distillation!r} needs sampling.top_p = 1 and top_k = 0: the divergence is that "
+            "of whole distributions"
+            if sampling.truncates and algorithm.distillation != "none"
+            else None,
+            f"sampling.max_tokens ({sampling.max_tokens}) leaves no room for a prompt in rollout.max_model_len "
+            f"({rollout.max_model_len})"
+            if sampling.max_tokens >= rollout.max_model_len
+            else None,
         ]
 
     def _problems_of_ranks(self) -> list[str | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.algorithms import BUNDLES
+from align.bundles import BUNDLES
 from cluster.config import load_config
 from tests.bench.algorithms import (
     GOALS,

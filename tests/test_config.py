@@ -12,7 +12,8 @@ import pytest
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from align.algorithms import BUNDLES, AlgorithmConfig
+from align.algorithms import AlgorithmConfig
+from align.bundles import BUNDLES
 from cluster.config import RunConfig, load_config
 from cluster.faults import ConfigError
 from cluster.folder import resolved

@@ -55,7 +55,7 @@ def test_the_reason_is_what_another_message_can_go_on_after() -> None:
 
 def test_codes_are_distinct() -> None:
     codes = [kind.code for kind in CLASSES]
-    assert len(set(codes)) == len(codes) == 12
+    assert len(set(codes)) == len(codes) == 13
 
 
 def test_exit_codes_tell_what_kind_of_thing_went_wrong() -> None:

@@ -11,8 +11,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from align.algorithms import BUNDLES, AlgorithmConfig
+from align.algorithms import AlgorithmConfig
 from align.batching import Batch, collate
+from align.bundles import BUNDLES
 from align.objective import Objective
 from align.policy import Policy
 from align.types import FinishReason

@@ -208,6 +208,7 @@ def learner(model_folder: Path, tmp_path: Path) -> LearnerActor:
         wire_dtype="bfloat16",
         num_steps=3,
         temperature=1.0,
+        reward=ReferenceRewardConfig(),
         judge=None,
         trajectories=tmp_path,
         seed=0,
@@ -216,7 +217,7 @@ def learner(model_folder: Path, tmp_path: Path) -> LearnerActor:
 
 def scorer_of(folder: Path, compute_dtype: str) -> ScorerActor:
     """A scorer whose reward is the log-probability under the reference in this folder."""
-    return ScorerActor(folder, ReferenceRewardConfig(), ScorerConfig(), compute_dtype)
+    return ScorerActor(folder, folder, ReferenceRewardConfig(), False, ScorerConfig(), compute_dtype)
 
 
 def group() -> Group:
