@@ -1,4 +1,4 @@
-"""Scored groups -> one padded Batch -> micro-batches under a token budget."""
+"""Scored groups -> one padded Batch -> micro-batches under a token budget, padded (`micro_batches`) or packed (`packing.py`)."""
 
 from __future__ import annotations
 
@@ -50,12 +50,19 @@ class Batch:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
 
-    def rows(self, index: Sequence[int]) -> Batch:
+    def rows(self, index: Sequence[int] | slice) -> Batch:
         """The given trajectories, cut to the longest of them."""
-        rows = torch.as_tensor(index, dtype=torch.long)
+        rows = index if isinstance(index, slice) else torch.as_tensor(index, dtype=torch.long)
         longest = int(self.lengths[rows].max())
         picked = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
         return Batch(**{k: v[:, :longest] if v.dim() == 2 else v for k, v in picked.items()})
+
+    def tokens(self) -> Batch:
+        """Its M loss tokens, row by row, each as a trajectory of its own: [M, 1]. For what depends on single tokens alone."""
+        row, _ = self.loss_mask.nonzero(as_tuple=True)
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {k: v[self.loss_mask][:, None] if v.dim() == 2 else v[row] for k, v in picked.items()}
+        return Batch(**picked | {"lengths": torch.ones_like(row)})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

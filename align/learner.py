@@ -19,10 +19,12 @@ from torch import Tensor
 from align import losses
 from align.algorithms import AlgorithmConfig
 from align.batching import Batch, micro_batches
+from align.head import MAX_LOGITS_BYTES
 from align.metrics import Metric
 from align.objective import Objective, mean, off_policy_metrics
 from align.optimizer import Optimizer, OptimizerConfig
-from align.policy import Policy
+from align.packing import pack
+from align.policy import Policy, TokenLogprobs
 
 
 class LearnerConfig(BaseModel):
@@ -30,7 +32,14 @@ class LearnerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens per forward pass on one device.")
+    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Tokens per forward pass on one device.")
+    packing: bool = Field(
+        True,
+        description="Put trajectories into one row without padding; a model that cannot be packed is padded, and says so.",
+    )
+    max_logits_bytes: int = Field(
+        MAX_LOGITS_BYTES, ge=1, description="Logits held at a time; the rest is never there at once."
+    )
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for the learner.")
     num_threads: int = Field(1, ge=1, description="CPU threads of the learner.")
     num_gpus: int = Field(0, ge=0, le=1, description="GPUs of the learner.")
@@ -78,6 +87,7 @@ class Learner:
         temperature: float = 1.0,
     ) -> None:
         self.policy = policy
+        policy.max_logits_bytes = cfg.max_logits_bytes
         self.objective = Objective(algorithm)
         self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg
@@ -120,30 +130,69 @@ class Learner:
         self.optimizer.zero_grad()
         weights = self.objective.weights(batch)
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
-        for rows in micro_batches(batch.lengths.tolist(), self.cfg.max_tokens_per_micro_batch):
+        computed = 0
+        for rows in self._micro_batches(batch.lengths.tolist()):
             part = batch.rows(rows)
             longest = part.token_ids.shape[1]
             logprobs, metrics = self._backward(part, advantages[rows, :longest], weights[rows])
             policy_logprobs[rows, :longest] = logprobs
+            computed += int(part.lengths.sum()) if self._packs else part.token_ids.numel()
             yield from metrics
+        yield Metric("throughput/padding_fraction", 1 - int(batch.lengths.sum()) / computed)
         yield from off_policy_metrics(batch, policy_logprobs)
+
+    @property
+    def _packs(self) -> bool:
+        return self.cfg.packing and self.policy.trunk.packs
+
+    def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
+        return (pack if self._packs else micro_batches)(lengths, self.cfg.max_tokens_per_micro_batch)
 
     def _backward(self, part: Batch, advantages: Tensor, weights: Tensor) -> tuple[Tensor, list[Metric]]:
         """Add the gradient of one micro-batch; returns its log-probabilities [B, T]."""
-        mask, tokens = part.loss_mask, part.num_loss_tokens
-        start = int(mask.any(dim=0).nonzero()[0]) if mask.any() else 1
-        output = self.policy.token_logprobs(
-            part.token_ids,
-            start=start,
-            temperature=self.temperature,
-            with_entropy=True,
-            entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
-        )
-        token_losses, metrics = self.objective.token_losses(part, output, advantages)
-        losses.aggregate(token_losses, mask, weights).backward()  # type: ignore[no-untyped-call]
-        metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), tokens))
+        mask = part.loss_mask
+        states = self.policy.states(part.token_ids, mask, part.lengths if self._packs else None)
+        compute = self._loss_by_token if self.objective.is_by_token else self._loss_by_trajectory
+        loss, output, metrics = compute(states, part, advantages, weights)
+        loss.backward()  # type: ignore[no-untyped-call]
         logprobs = output.logprobs.detach()
         return logprobs, [*metrics, *self._statistics(part, logprobs, output.entropy.detach())]
+
+    def _loss_by_token(
+        self, states: Tensor, part: Batch, advantages: Tensor, weights: Tensor
+    ) -> tuple[Tensor, TokenLogprobs, list[Metric]]:
+        """The loss whose gradient is formed as the log-probabilities are computed, chunk by chunk of tokens."""
+        metrics: list[Metric] = []
+        mask, tokens = part.loss_mask, part.tokens()
+        advantages, weights = advantages[mask][:, None], weights.repeat_interleave(mask.sum(dim=1))
+
+        def loss(chunk: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
+            output = TokenLogprobs(logprobs[:, None], entropy[:, None])
+            value, found = self._loss(tokens.rows(chunk), output, advantages[chunk], weights[chunk])
+            metrics.extend(found)
+            return value
+
+        targets = part.token_ids[mask]
+        total, logprobs, entropy = self.policy.head.token_loss(states, targets, loss, temperature=self.temperature)
+        return total, TokenLogprobs.at(mask, logprobs, entropy), metrics
+
+    def _loss_by_trajectory(
+        self, states: Tensor, part: Batch, advantages: Tensor, weights: Tensor
+    ) -> tuple[Tensor, TokenLogprobs, list[Metric]]:
+        """The loss that needs all log-probabilities of a trajectory before its gradient is known."""
+        mask = part.loss_mask
+        values = self.policy.head.logprobs(states, part.token_ids[mask], temperature=self.temperature)
+        output = TokenLogprobs.at(mask, *values)
+        loss, metrics = self._loss(part, output, advantages, weights)
+        return loss, output, metrics
+
+    def _loss(
+        self, part: Batch, output: TokenLogprobs, advantages: Tensor, weights: Tensor
+    ) -> tuple[Tensor, list[Metric]]:
+        mask = part.loss_mask
+        token_losses, metrics = self.objective.token_losses(part, output, advantages)
+        metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), part.num_loss_tokens))
+        return losses.aggregate(token_losses, mask, weights), metrics
 
     def _statistics(self, part: Batch, logprobs: Tensor, entropy: Tensor) -> Iterator[Metric]:
         mask, behavior = part.loss_mask, part.behavior_logprobs

@@ -25,6 +25,12 @@ class Objective:
     def __init__(self, cfg: AlgorithmConfig) -> None:
         self.cfg = cfg
 
+    @property
+    def is_by_token(self) -> bool:
+        """Whether `token_losses` of a token depends on nothing of the other tokens but its advantage and weight."""
+        cfg = self.cfg
+        return cfg.surrogate != "gspo" and (cfg.importance == "none" or cfg.importance_level == "token")
+
     def advantages(self, batch: Batch) -> tuple[Tensor, list[Metric]]:
         """`A = G - baseline`, scaled and cut as configured. [B, T], 0 outside the loss mask.
 

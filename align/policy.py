@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from align import attention
+from align.head import MAX_LOGITS_BYTES, Head
+from align.trunk import Trunk
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,12 +25,18 @@ class TokenLogprobs:
     """Per-token quantities, indexed by the token they are about.
 
     Attributes:
-        logprobs: [B, T] log-probability of each token given those before it; 0 before `start`.
+        logprobs: [B, T] log-probability of each token given those before it; 0 where not wanted.
         entropy: [B, T] entropy in nats of the distribution the token was drawn from; with gradient only on request.
     """
 
     logprobs: Tensor
     entropy: Tensor
+
+    @classmethod
+    def at(cls, places: Tensor, logprobs: Tensor, entropy: Tensor) -> TokenLogprobs:
+        """Numbers [M] of the tokens at M places [B, T] bool; 0 elsewhere."""
+        blank = torch.zeros(places.shape, device=places.device)
+        return cls(blank.masked_scatter(places, logprobs), blank.masked_scatter(places, entropy))
 
 
 class Policy:
@@ -41,6 +52,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
+        self.max_logits_bytes = MAX_LOGITS_BYTES
 
     @classmethod
     def load(cls, directory: Path | str, *, device: str = "cpu", compute_dtype: str = "float32") -> Policy:
@@ -78,28 +90,59 @@ class Policy:
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()
 
+    @cached_property
+    def trunk(self) -> Trunk:
+        """The model up to its head."""
+        return Trunk(self.model)
+
+    @property
+    def head(self) -> Head:
+        """What makes logits of `states`, and log-probabilities without them."""
+        return self.trunk.head(DTYPES[self.compute_dtype], self.max_logits_bytes)
+
+    def states(self, token_ids: Tensor, wanted: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What `head` predicts the wanted tokens from. The one place with the shift by one.
+
+        Args:
+            token_ids: [B, T], right-padded.
+            wanted: [B, T] bool; not token 0, which nothing predicts.
+            lengths: [B] real tokens. If given, and the model can, it runs on them alone: packed into one row, without padding.
+
+        Returns:
+            [M, D] for the M wanted tokens, row by row.
+        """
+        row, position = wanted.nonzero(as_tuple=True)
+        if lengths is not None and self.trunk.packs:
+            sizes, order = lengths.sort(descending=True, stable=True)
+            real = torch.arange(token_ids.shape[1], device=lengths.device) < sizes[:, None]
+            starts = torch.empty_like(lengths).scatter_(0, order, sizes.cumsum(0) - sizes)
+            with self._autocast(), attention.packed(sizes.tolist(), token_ids.device) as settings:
+                return self.trunk(token_ids[order][real][None], starts[row] + position - 1, **settings)[0]
+        first = int(position.min()) if len(position) else 1
+        predicting = torch.arange(first - 1, token_ids.shape[1] - 1, device=token_ids.device)
+        with self._autocast():
+            return self.trunk(token_ids, predicting)[row, position - first]
+
     def logits(self, token_ids: Tensor, start: int = 1) -> Tensor:
-        """Logits of the distributions that tokens `start .. T-1` are drawn from. The one place with the shift by one.
+        """Logits of the distributions that tokens `start .. T-1` are drawn from.
 
         Args:
             token_ids: [B, T].
             start: First token of interest, at least 1.
 
         Returns:
-            [B, T - start, V]; entry `t - start` predicts token `t`.
+            [B, T - start, V] float32; entry `t - start` predicts token `t`.
         """
-        if start < 1:
-            raise ValueError("token 0 is predicted by nothing; start is at least 1")
-        predicting = torch.arange(start - 1, token_ids.shape[1] - 1, device=token_ids.device)
-        with self._autocast():
-            output = self.model(input_ids=token_ids, logits_to_keep=predicting, use_cache=False)
-        return output.logits  # type: ignore[no-any-return]
+        states = self.states(token_ids, _from(start, token_ids))
+        return self.head.logits(states).view(len(token_ids), -1, self.vocab_size)
 
     def token_logprobs(
         self,
         token_ids: Tensor,
         *,
         start: int = 1,
+        wanted: Tensor | None = None,
+        lengths: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
@@ -108,20 +151,19 @@ class Policy:
 
         Args:
             token_ids: [B, T], right-padded; what stands at padding is meaningless and must be masked by the caller.
-            start: First token of interest.
+            start: First token of interest, unless `wanted` says which.
+            wanted: [B, T] bool tokens of interest.
+            lengths: [B] real tokens, to compute nothing at padding; see `states`.
             temperature: The sampler's temperature, so that the log-probabilities are those of what sampled.
             with_entropy: Compute the entropy too; it stays 0 otherwise.
-            entropy_gradient: Let gradients flow through the entropy, which holds [B, T, V] probabilities until the backward pass.
+            entropy_gradient: Let gradients flow through the entropy.
         """
-        logits = self.logits(token_ids, start).float() / temperature
-        normalizer = torch.logsumexp(logits, dim=-1)
-        chosen = logits.gather(-1, token_ids[:, start:, None]).squeeze(-1) - normalizer
-        entropy = torch.zeros_like(normalizer)
-        if with_entropy:
-            with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
-                entropy = torch.stack([_entropy(row, z) for row, z in zip(logits, normalizer, strict=True)])
-        pad = (start, 0)
-        return TokenLogprobs(torch.nn.functional.pad(chosen, pad), torch.nn.functional.pad(entropy, pad))
+        wanted = _from(start, token_ids) if wanted is None else wanted
+        states = self.states(token_ids, wanted, lengths)
+        targets = token_ids[wanted]
+        logprobs, entropy = self.head.logprobs(states, targets, temperature=temperature, entropy=with_entropy)
+        entropy = entropy if entropy_gradient else entropy.detach()
+        return TokenLogprobs.at(wanted, logprobs, entropy)
 
     @torch.no_grad()
     def sample(
@@ -185,10 +227,11 @@ class Policy:
         return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype])
 
 
-def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """`H = Z - sum_v p(v) * logit(v)` with Z the log-normalizer. [T, V], [T] -> [T]."""
-    probabilities = (logits - normalizer[:, None]).exp_()
-    return normalizer - (probabilities * logits).sum(dim=-1)
+def _from(start: int, token_ids: Tensor) -> Tensor:
+    """The tokens `start .. T-1` of each row. [B, T] bool."""
+    if start < 1:
+        raise ValueError("token 0 is predicted by nothing; start is at least 1")
+    return (torch.arange(token_ids.shape[1], device=token_ids.device) >= start).expand_as(token_ids)
 
 
 def text_config(directory: Path) -> Any:

@@ -348,6 +348,7 @@ def test_the_metrics_of_a_bandit_computed_by_hand() -> None:
         "optimizer/loss": -(1.1 * 3 * log(0.3) + 2 * log(0.2) + 3 * log(0.3) + 7 * log(0.2)) / 4,
         "optimizer/lr": 0.01,
         "optimizer/skipped_updates": 0,
+        "throughput/padding_fraction": 0,
         "tokens/trained": 4,
     }
     del values["optimizer/grad_norm"]
