@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from align.types import FinishReason, ScoredGroup
@@ -63,6 +65,11 @@ class Batch:
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         picked = {k: v[self.loss_mask][:, None] if v.dim() == 2 else v[row] for k, v in picked.items()}
         return Batch(**picked | {"lengths": torch.ones_like(row)})
+
+    def save(self, path: Path) -> None:
+        """Write all tensors as safetensors, by their names here."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, path)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -40,6 +40,14 @@ class LearnerConfig(BaseModel):
     max_logits_bytes: int = Field(
         MAX_LOGITS_BYTES, ge=1, description="Logits held at a time; the rest is never there at once."
     )
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: a third more work, far less memory."
+    )
+    deterministic: bool = Field(
+        False,
+        description="Refuse operations whose result may differ from run to run (some are slower, some raise). A CPU gives equal "
+        "bits without it, at equal num_threads.",
+    )
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for the learner.")
     num_threads: int = Field(1, ge=1, description="CPU threads of the learner.")
     num_gpus: int = Field(0, ge=0, le=1, description="GPUs of the learner.")
@@ -88,6 +96,8 @@ class Learner:
     ) -> None:
         self.policy = policy
         policy.max_logits_bytes = cfg.max_logits_bytes
+        if cfg.activation_checkpointing:
+            policy.trunk.checkpoint_activations()
         self.objective = Objective(algorithm)
         self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg

@@ -110,7 +110,12 @@ class Policy:
 
         Returns:
             [M, D] for the M wanted tokens, row by row.
+
+        Raises:
+            ValueError: If a token 0 is wanted.
         """
+        if wanted[:, 0].any():
+            raise ValueError("token 0 is predicted by nothing; the first that can be wanted is token 1")
         row, position = wanted.nonzero(as_tuple=True)
         if lengths is not None and self.trunk.packs:
             sizes, order = lengths.sort(descending=True, stable=True)
@@ -229,8 +234,6 @@ class Policy:
 
 def _from(start: int, token_ids: Tensor) -> Tensor:
     """The tokens `start .. T-1` of each row. [B, T] bool."""
-    if start < 1:
-        raise ValueError("token 0 is predicted by nothing; start is at least 1")
     return (torch.arange(token_ids.shape[1], device=token_ids.device) >= start).expand_as(token_ids)
 
 

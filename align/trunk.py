@@ -69,6 +69,23 @@ class Trunk:
         logits: Tensor = output.logits
         return given[0] if given else logits
 
+    def checkpoint_activations(self) -> None:
+        """Keep each layer's input alone for the backward pass, which repeats the forward pass of the layer.
+
+        Raises:
+            ValueError: If the model has no layers that transformers can do this with.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(
+                f"learner.activation_checkpointing: {type(self.model).__name__} has no layers that support it"
+            )
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:
+            layer.training = True  # the layer alone, which asks for it; what is inside, dropout too, stays as it was
+
     def _knows_head(self) -> bool:
         embeddings = getattr(self.model, "get_output_embeddings", lambda: None)()
         if not isinstance(embeddings, torch.nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,9 @@ class LearnerActor:
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
         torch.manual_seed(seed)
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products are refused
+            torch.use_deterministic_algorithms(True)
         device = "cuda" if cfg.num_gpus else "cpu"
         self.policy = Policy.load(model, device=device, compute_dtype=compute_dtype)
         self.exact = Policy(self.policy.model, self.policy.tokenizer)  # float32, for evaluations
@@ -96,6 +100,8 @@ class LearnerActor:
     def update(self, step: int, *parts: Group | tuple[TokenRewards, ...]) -> list[Metric]:
         """One optimizer step; `parts` are n groups followed by their n scores. Writes the trajectories of the step.
 
+        The batch of an update that was not finite is written too, beside them.
+
         Raises:
             TrainingDiverged: After several updates in a row that were not finite.
         """
@@ -103,10 +109,16 @@ class LearnerActor:
         pairs = zip(parts[:half], parts[half:], strict=True)
         groups = [ScoredGroup(group, scores) for group, scores in pairs]  # type: ignore[arg-type]
         transcripts.write(self.trajectories / f"step_{step:05d}.parquet", groups, self.policy.tokenizer, step)
+        batch, path = collate(groups), self.trajectories / f"step_{step:05d}_not_finite.safetensors"
         try:
-            return self.learner.update(collate(groups)).metrics
+            stats = self.learner.update(batch)
         except NonFiniteUpdates as error:
-            raise TrainingDiverged(str(error), "lower optimizer.lr; the newest checkpoint is good") from None
+            batch.save(path)
+            advice = f"lower optimizer.lr, or look into {path}; the newest checkpoint is good"
+            raise TrainingDiverged(str(error), advice) from None
+        if stats.skipped:
+            batch.save(path)
+        return stats.metrics
 
     def export(self) -> tuple[ExportedWeights, tuple[int, int]]:
         """The current weights in the type that the engines take, with their fingerprint; and their (bytes, version)."""

@@ -217,6 +217,16 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     torch.testing.assert_close(learner.policy.model.table.detach(), before * (1 - 0.25 * 0.1))
 
 
+def test_weights_of_norms_do_not_decay(policy: Policy) -> None:
+    learner = new_learner(policy, lr=0.25, weight_decay=0.1)
+    before = weights(learner)
+    batch = ragged_batch()
+    update(learner, dataclasses.replace(batch, rewards=torch.zeros_like(batch.rewards)))
+    for name, value in weights(learner).items():
+        expected = before[name] if "norm" in name else before[name] * (1 - 0.25 * 0.1)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("reward", "direction"), [(1.0, 1), (-1.0, -1)])
 def test_on_policy_a_rewarded_token_becomes_likelier_and_a_punished_one_less_likely(
     policy: Policy, reward: float, direction: int
