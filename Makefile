@@ -7,7 +7,7 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real test test-fast lint format
+.PHONY: setup demo demo-plain demo-real test test-fast bench-head lint format
 
 setup: $(VENV)/.installed
 
@@ -42,6 +42,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not integration"
+
+bench-head: setup
+	$(BIN)/python -m tests.bench.head
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +59,15 @@ def test_a_canary_sequence_is_a_prompt_that_the_policy_went_on_with(actor: Learn
 def test_the_batch_of_an_update_that_was_not_finite_is_written_beside_the_trajectories(
     actor: LearnerActor, tmp_path: Path
 ) -> None:
-    good, bad = (make_scored([make_trajectory([5, 6], [7, 8])], [[1.0, value]]) for value in (2.0, math.inf))
+    good, bad = (
+        make_scored([make_trajectory([5, 6], [7, 8])], [[value, value]]) for value in (2.0, 3e38)
+    )  # the sum overflows
     actor.update(0, good.group, good.scores)
     actor.update(1, bad.group, bad.scores)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["step_00001_not_finite.safetensors"]
     kept = load_file(tmp_path / "step_00001_not_finite.safetensors")
     assert kept["token_ids"].tolist() == [[5, 6, 7, 8]]
-    assert kept["rewards"].tolist() == [[0, 0, 1, math.inf]]
+    assert kept["rewards"].tolist() == [[0, 0, *[pytest.approx(3e38)] * 2]]
     actor.update(2, bad.group, bad.scores)
     with pytest.raises(TrainingDiverged) as caught:
         actor.update(3, bad.group, bad.scores)
