@@ -7,7 +7,8 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real demo-grpo test test-fast lint format bench-algorithms bench-variance bench-staleness
+.PHONY: setup demo demo-plain demo-real demo-grpo test test-fast lint format
+.PHONY: bench-algorithms bench-head bench-staleness bench-variance
 
 setup: $(VENV)/.installed
 
@@ -48,6 +49,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not integration"
+
+bench-head: setup
+	$(BIN)/python -m tests.bench.head
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
-"""Scored groups -> one padded Batch -> micro-batches under a token budget."""
+"""Scored groups -> one padded Batch -> micro-batches under a token budget, padded (`micro_batches`) or packed (`packing.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from align.types import FinishReason, ScoredGroup, TokenRewards, Trajectory
@@ -65,9 +67,9 @@ class Batch:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
 
-    def rows(self, index: Sequence[int]) -> Batch:
+    def rows(self, index: Sequence[int] | slice) -> Batch:
         """The given trajectories, cut to the longest of them."""
-        rows = torch.as_tensor(index, dtype=torch.long)
+        rows = index if isinstance(index, slice) else torch.as_tensor(index, dtype=torch.long)
         longest = int(self.lengths[rows].max())
         picked = {name: tensor[rows] for name, tensor in self.tensors()}
         return Batch(**{k: v[:, :longest] if v.dim() > 1 else v for k, v in picked.items()})
@@ -75,6 +77,17 @@ class Batch:
     def without_loss(self) -> Batch:
         """The same trajectories with no token that carries loss."""
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
+
+    def tokens(self) -> Batch:
+        """Its M loss tokens, row by row, each as a trajectory of its own: [M, 1]. For what depends on single tokens alone."""
+        row, _ = self.loss_mask.nonzero(as_tuple=True)
+        picked = {k: v[self.loss_mask][:, None] if v.dim() > 1 else v[row] for k, v in self.tensors()}
+        return Batch(**picked | {"lengths": torch.ones_like(row)})
+
+    def save(self, path: Path) -> None:
+        """Write all tensors as safetensors, by their names here."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, path)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,10 +22,12 @@ from align.algorithms import AlgorithmConfig
 from align.batching import Batch, micro_batches
 from align.critic import Critic, critic_metrics
 from align.epochs import minibatches, old_logprobs
+from align.head import MAX_LOGITS_BYTES
 from align.metrics import Metric
 from align.objective import Objective, mean, off_policy_metrics
 from align.optimizer import Optimizer, OptimizerConfig
-from align.policy import Policy
+from align.packing import pack
+from align.policy import Policy, TokenLogprobs
 
 
 class LearnerConfig(BaseModel):
@@ -32,7 +35,22 @@ class LearnerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens per forward pass on one device.")
+    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Tokens per forward pass on one device.")
+    packing: bool = Field(
+        True,
+        description="Put trajectories into one row without padding; a model that cannot be packed is padded, and says so.",
+    )
+    max_logits_bytes: int = Field(
+        MAX_LOGITS_BYTES, ge=1, description="Logits held at a time; the rest is never there at once."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: a third more work, far less memory."
+    )
+    deterministic: bool = Field(
+        False,
+        description="Refuse operations whose result may differ from run to run (some are slower, some raise). A CPU gives equal "
+        "bits without it, at equal num_threads.",
+    )
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for every rank of the learner.")
     num_threads: int = Field(1, ge=1, description="CPU threads of every rank of the learner.")
     num_gpus: int = Field(0, ge=0, le=1, description="GPUs of every rank of the learner.")
@@ -97,11 +115,15 @@ class Learner:
             raise ValueError(f"baseline = {algorithm.baseline!r} {'needs a' if critic is None else 'reads no'} critic")
         self.policy = policy
         self.critic = critic
+        policy.max_logits_bytes = cfg.max_logits_bytes
+        if cfg.activation_checkpointing:
+            policy.trunk.checkpoint_activations()
         self.objective = Objective(algorithm)
         self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg
         self.temperature = temperature
-        self.top_k, self.top_p = top_k, top_p
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.truncates = top_k > 0 or top_p < 1
         self.version = 0
         self.policy_is_version = True  # false between the first optimizer step of a batch and the last
         self.skipped_in_a_row = 0
@@ -155,8 +177,7 @@ class Learner:
             metrics = critic_metrics(batch)
         batch, mask_metrics = self.objective.with_loss(batch)
         if cfg.proximal == "recomputed" and cfg.num_epochs * cfg.num_minibatches > 1:
-            sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-            old = old_logprobs(self.policy, batch, self.cfg.max_tokens_per_micro_batch, **sampling)
+            old = old_logprobs(self.policy, batch, self.cfg.max_tokens_per_micro_batch, **self.sampling)
             batch = replace(batch, old_logprobs=old)
         return batch, [*metrics, *mask_metrics]
 
@@ -184,40 +205,82 @@ class Learner:
         weights = self.objective.weights(batch)
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
         metrics: list[Metric] = []
-        for one in self.policy.ranks.passes(batch.lengths.tolist(), self._cut):
+        computed = torch.zeros((), dtype=torch.int64)
+        for one in self.policy.ranks.passes(batch.lengths.tolist(), self._micro_batches):
             part = batch.rows(one.rows) if one.counts else batch.rows(one.rows).without_loss()
             longest = part.token_ids.shape[1]
             logprobs, of_part = self._backward(part, advantages[one.rows, :longest], weights[one.rows])
+            computed += int(part.lengths.sum()) if self._packs else part.token_ids.numel()
             if one.counts:
                 policy_logprobs[one.rows, :longest] = logprobs
                 metrics += of_part
         yield from self.policy.ranks.gather(metrics)
+        yield Metric("throughput/padding_fraction", 1 - int(batch.lengths.sum()) / int(self.policy.ranks.sum(computed)))
         yield from off_policy_metrics(batch, self.policy.ranks.sum(policy_logprobs))
 
-    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
-        return micro_batches(lengths, self.cfg.max_tokens_per_micro_batch)
+    @property
+    def _packs(self) -> bool:
+        return self.cfg.packing and self.policy.trunk.packs
+
+    def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        return (pack if self._packs else micro_batches)(lengths, self.cfg.max_tokens_per_micro_batch)
 
     def _backward(self, part: Batch, advantages: Tensor, weights: Tensor) -> tuple[Tensor, list[Metric]]:
         """Add the gradient of one micro-batch; returns its log-probabilities [B, T]."""
-        mask, tokens = part.loss_mask, part.num_loss_tokens
-        start = int(mask.any(dim=0).nonzero()[0]) if mask.any() else 1
-        output = self.policy.token_logprobs(
+        mask = part.loss_mask
+        states = self.policy.states(part.token_ids, mask, part.lengths if self._packs else None)
+        by_token = self.objective.is_by_token and not self.truncates
+        compute = self._loss_by_token if by_token else self._loss_by_trajectory
+        loss, output, metrics = compute(states, part, advantages, weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+        logprobs = output.logprobs.detach()
+        return logprobs, [*metrics, *self._statistics(part, logprobs, output.entropy.detach())]
+
+    def _loss_by_token(
+        self, states: Tensor, part: Batch, advantages: Tensor, weights: Tensor
+    ) -> tuple[Tensor, TokenLogprobs, list[Metric]]:
+        """The loss whose gradient is formed as the log-probabilities are computed, chunk by chunk of tokens."""
+        metrics: list[Metric] = []
+        mask, tokens = part.loss_mask, part.tokens()
+        advantages, weights = advantages[mask][:, None], weights.repeat_interleave(mask.sum(dim=1))
+
+        def loss(chunk: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
+            output = TokenLogprobs(logprobs[:, None], entropy[:, None])
+            value, found = self._loss(tokens.rows(chunk), output, advantages[chunk], weights[chunk])
+            metrics.extend(found)
+            return value
+
+        targets = part.token_ids[mask]
+        total, logprobs, entropy = self.policy.head.token_loss(states, targets, loss, temperature=self.temperature)
+        return total, TokenLogprobs.at(mask, logprobs, entropy), metrics
+
+    def _loss_by_trajectory(
+        self, states: Tensor, part: Batch, advantages: Tensor, weights: Tensor
+    ) -> tuple[Tensor, TokenLogprobs, list[Metric]]:
+        """The loss that needs all log-probabilities of a trajectory, or other tokens', before its gradient is known."""
+        output = self.policy.completed(
+            states,
+            part.loss_mask,
             part.token_ids,
-            start=start,
-            temperature=self.temperature,
             with_entropy=True,
             entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
             others=part.ref_top_ids,
-            top_k=self.top_k,
-            top_p=self.top_p,
+            **self.sampling,
         )
-        token_losses, metrics = self.objective.token_losses(part, output, advantages, self.version)
-        losses.aggregate(token_losses, mask, weights).backward()  # type: ignore[no-untyped-call]
-        metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), tokens))
+        loss, metrics = self._loss(part, output, advantages, weights)
         if output.outside is not None:
-            metrics.append(Metric("support/outside_fraction", mean(output.outside, mask), tokens))
-        logprobs = output.logprobs.detach()
-        return logprobs, [*metrics, *self._statistics(part, logprobs, output.entropy.detach())]
+            metrics.append(
+                Metric("support/outside_fraction", mean(output.outside, part.loss_mask), part.num_loss_tokens)
+            )
+        return loss, output, metrics
+
+    def _loss(
+        self, part: Batch, output: TokenLogprobs, advantages: Tensor, weights: Tensor
+    ) -> tuple[Tensor, list[Metric]]:
+        mask = part.loss_mask
+        token_losses, metrics = self.objective.token_losses(part, output, advantages, self.version)
+        metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), part.num_loss_tokens))
+        return losses.aggregate(token_losses, mask, weights), metrics
 
     def _statistics(self, part: Batch, logprobs: Tensor, entropy: Tensor) -> Iterator[Metric]:
         mask, behavior = part.loss_mask, part.behavior_logprobs

@@ -103,6 +103,7 @@ GLOSSARY: dict[str, Definition] = {
     "tokens/trained": _d("Sampled tokens that the update learned from.", "tokens", "sum"),
     "throughput/generated_tokens_per_s": _d("Sampled tokens of the step over time/step_s.", "tokens/s"),
     "throughput/trained_tokens_per_s": _d("Trained tokens (with prompts) over the time of the update.", "tokens/s"),
+    "throughput/padding_fraction": _d("Padding among the tokens the learner computed; 0 when packed."),
     "time/rollout_wait_s": _d("Time the learner waited for groups.", "s", "sum"),
     "time/update_s": _d("Time of the update: gradients and optimizer step.", "s", "sum"),
     "time/publish_s": _d(

@@ -27,6 +27,13 @@ class Objective:
         self.cfg = cfg
         self.kl_coefficient = cfg.kl_coefficient
 
+    @property
+    def is_by_token(self) -> bool:
+        """Whether `token_losses` of a token depends on nothing of the other tokens but its advantage and weight."""
+        cfg = self.cfg
+        by_trajectory = cfg.surrogate == "gspo" or (cfg.importance != "none" and cfg.importance_level != "token")
+        return not by_trajectory and cfg.distillation == "none" and cfg.supervised_min_outcome is None
+
     def advantages(self, batch: Batch) -> tuple[Tensor, list[Metric]]:
         """`A = G - baseline`, scaled and cut as configured. [B, T], 0 outside the loss mask.
 

@@ -25,7 +25,9 @@ class OptimizerConfig(BaseModel):
     lr: float = Field(1e-5, gt=0, allow_inf_nan=False, description="Peak learning rate of Adam.")
     betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.95), description="Adam's decay rates, each in [0, 1).")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay (AdamW) of matrices; norms and biases have none."
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit; inf for none.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -59,9 +61,11 @@ class Optimizer:
         self.cfg = cfg
         self.num_steps = num_steps
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.adam = torch.optim.AdamW(
-            self.parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
-        )
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": cfg.weight_decay},
+            {"params": [p for p in self.parameters if p.dim() <= 1], "weight_decay": 0.0},  # norms and biases
+        ]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
 
     def clip(self) -> float:
         """Scale the gradient to at most `max_grad_norm`; returns its norm before."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from align import attention
+from align.head import MAX_LOGITS_BYTES, Head
 from align.ranks import Ranks, is_sharded, named_shards, shard, whole
 from align.support import restricted
+from align.trunk import Trunk
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,7 +27,7 @@ class TokenLogprobs:
     """Per-token quantities, indexed by the token they are about.
 
     Attributes:
-        logprobs: [B, T] log-probability of each token given those before it; 0 before `start`.
+        logprobs: [B, T] log-probability of each token given those before it; 0 where not wanted.
         entropy: [B, T] entropy in nats of the distribution the token was drawn from; with gradient only on request.
         of_others: [B, T, K] log-probabilities of other tokens at the same places, or None if none were asked for.
         outside: [B, T] bool, tokens outside the support of this policy's own truncated distribution; None if nothing truncates.
@@ -33,6 +37,27 @@ class TokenLogprobs:
     entropy: Tensor
     of_others: Tensor | None = None
     outside: Tensor | None = None
+
+    @classmethod
+    def at(
+        cls,
+        places: Tensor,
+        logprobs: Tensor,
+        entropy: Tensor,
+        of_others: Tensor | None = None,
+        outside: Tensor | None = None,
+    ) -> TokenLogprobs:
+        """Numbers [M] (of others [M, K]) of the tokens at M places [B, T] bool; 0 elsewhere."""
+        blank = torch.zeros(places.shape, device=places.device)
+        if of_others is not None:
+            empty = blank[..., None].expand(*places.shape, of_others.shape[-1])
+            of_others = empty.masked_scatter(places[..., None], of_others)
+        return cls(
+            blank.masked_scatter(places, logprobs),
+            blank.masked_scatter(places, entropy),
+            of_others,
+            None if outside is None else torch.zeros_like(places).masked_scatter(places, outside),
+        )
 
 
 class Policy:
@@ -49,6 +74,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
         self.ranks = Ranks()
+        self.max_logits_bytes = MAX_LOGITS_BYTES
 
     @classmethod
     def load(cls, directory: Path | str, *, device: str = "cpu", compute_dtype: str = "float32") -> Policy:
@@ -135,28 +161,64 @@ class Policy:
         )
         return stored
 
+    @cached_property
+    def trunk(self) -> Trunk:
+        """The model up to its head."""
+        return Trunk(self.model)
+
+    @property
+    def head(self) -> Head:
+        """What makes logits of `states`, and log-probabilities without them."""
+        return self.trunk.head(DTYPES[self.compute_dtype], self.max_logits_bytes)
+
+    def states(self, token_ids: Tensor, wanted: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What `head` predicts the wanted tokens from. The one place with the shift by one.
+
+        Args:
+            token_ids: [B, T], right-padded.
+            wanted: [B, T] bool; not token 0, which nothing predicts.
+            lengths: [B] real tokens. If given, and the model can, it runs on them alone: packed into one row, without padding.
+
+        Returns:
+            [M, D] for the M wanted tokens, row by row.
+
+        Raises:
+            ValueError: If a token 0 is wanted.
+        """
+        if wanted[:, 0].any():
+            raise ValueError("token 0 is predicted by nothing; the first that can be wanted is token 1")
+        row, position = wanted.nonzero(as_tuple=True)
+        if lengths is not None and self.trunk.packs:
+            sizes, order = lengths.sort(descending=True, stable=True)
+            real = torch.arange(token_ids.shape[1], device=lengths.device) < sizes[:, None]
+            starts = torch.empty_like(lengths).scatter_(0, order, sizes.cumsum(0) - sizes)
+            with self._autocast(), attention.packed(sizes.tolist(), token_ids.device) as settings:
+                return self.trunk(token_ids[order][real][None], starts[row] + position - 1, **settings)[0]
+        first = int(position.min()) if len(position) else 1
+        predicting = torch.arange(first - 1, token_ids.shape[1] - 1, device=token_ids.device)
+        with self._autocast():
+            return self.trunk(token_ids, predicting)[row, position - first]
+
     def logits(self, token_ids: Tensor, start: int = 1) -> Tensor:
-        """Logits of the distributions that tokens `start .. T-1` are drawn from. The one place with the shift by one.
+        """Logits of the distributions that tokens `start .. T-1` are drawn from.
 
         Args:
             token_ids: [B, T].
             start: First token of interest, at least 1.
 
         Returns:
-            [B, T - start, V]; entry `t - start` predicts token `t`.
+            [B, T - start, V] float32; entry `t - start` predicts token `t`.
         """
-        if start < 1:
-            raise ValueError("token 0 is predicted by nothing; start is at least 1")
-        predicting = torch.arange(start - 1, token_ids.shape[1] - 1, device=token_ids.device)
-        with self._autocast():
-            output = self.model(input_ids=token_ids, logits_to_keep=predicting, use_cache=False)
-        return output.logits  # type: ignore[no-any-return]
+        states = self.states(token_ids, _from(start, token_ids))
+        return self.head.logits(states).view(len(token_ids), -1, self.vocab_size)
 
     def token_logprobs(
         self,
         token_ids: Tensor,
         *,
         start: int = 1,
+        wanted: Tensor | None = None,
+        lengths: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
@@ -170,10 +232,12 @@ class Policy:
 
         Args:
             token_ids: [B, T], right-padded; what stands at padding is meaningless and must be masked by the caller.
-            start: First token of interest.
+            start: First token of interest, unless `wanted` says which.
+            wanted: [B, T] bool tokens of interest.
+            lengths: [B] real tokens, to compute nothing at padding; see `states`.
             temperature: The sampler's temperature, so that the log-probabilities are those of what sampled.
             with_entropy: Compute the entropy too; it stays 0 otherwise.
-            entropy_gradient: Let gradients flow through the entropy, which holds [B, T, V] probabilities until the backward pass.
+            entropy_gradient: Let gradients flow through the entropy.
             others: [B, T, K] tokens whose log-probabilities are asked for too, under the whole distribution.
             top_k: The sampler's; 0 for all tokens.
             top_p: The sampler's; 1 for all tokens.
@@ -181,22 +245,53 @@ class Policy:
         Raises:
             ValueError: If one of `others` is not in the vocabulary.
         """
-        logits = self.logits(token_ids, start).float() / temperature
-        of_others = None if others is None else _logprobs_of(logits, others[:, start:], start)
-        outside = None
-        if top_k or top_p < 1:
-            flat, out = restricted(logits.flatten(0, 1), token_ids[:, start:].flatten(), top_k, top_p)
-            logits, outside = flat.view_as(logits), torch.nn.functional.pad(out.view(logits.shape[:2]), (start, 0))
-        normalizer = torch.logsumexp(logits, dim=-1)
-        chosen = logits.gather(-1, token_ids[:, start:, None]).squeeze(-1) - normalizer
-        entropy = torch.zeros_like(normalizer)
-        if with_entropy:
-            with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
-                entropy = torch.stack([_entropy(row, z) for row, z in zip(logits, normalizer, strict=True)])
-        pad = (start, 0)
-        return TokenLogprobs(
-            torch.nn.functional.pad(chosen, pad), torch.nn.functional.pad(entropy, pad), of_others, outside
+        wanted = _from(start, token_ids) if wanted is None else wanted
+        states = self.states(token_ids, wanted, lengths)
+        return self.completed(
+            states,
+            wanted,
+            token_ids,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            entropy_gradient=entropy_gradient,
+            others=others,
+            top_k=top_k,
+            top_p=top_p,
         )
+
+    def completed(
+        self,
+        states: Tensor,
+        wanted: Tensor,
+        token_ids: Tensor,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        entropy_gradient: bool,
+        others: Tensor | None,
+        top_k: int,
+        top_p: float,
+    ) -> TokenLogprobs:
+        """What `token_logprobs` gives, from `states` [M, D] of the wanted tokens.
+
+        Other tokens and a truncated support need the logits of whole rows, all at once [M, V]; else they are never there.
+        """
+        targets = token_ids[wanted]
+        if others is None and not top_k and top_p == 1:
+            values = self.head.logprobs(states, targets, temperature=temperature, entropy=with_entropy)
+            of_others = outside = None
+        else:
+            logits = self.head.logits(states) / temperature
+            of_others = None if others is None else _logprobs_of(logits, others[wanted])
+            outside = None
+            if top_k or top_p < 1:
+                logits, outside = restricted(logits, targets, top_k, top_p)
+            normalizer = torch.logsumexp(logits, dim=-1)
+            chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
+            values = (chosen, _entropy(logits, normalizer) if with_entropy else torch.zeros_like(normalizer))
+        logprobs, entropy = values
+        entropy = entropy if entropy_gradient else entropy.detach()
+        return TokenLogprobs.at(wanted, logprobs, entropy, of_others, outside)
 
     @torch.no_grad()
     def top_tokens(self, token_ids: Tensor, num_top: int, start: int = 1) -> tuple[Tensor, Tensor]:
@@ -279,21 +374,24 @@ class Policy:
         return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype], cache_enabled=cached)
 
 
-def _logprobs_of(logits: Tensor, others: Tensor, start: int) -> Tensor:
-    """`log softmax(logits)` [B, T - start, V] at the tokens `others` [B, T - start, K]; [B, T, K], 0 before `start`."""
+def _logprobs_of(logits: Tensor, others: Tensor) -> Tensor:
+    """`log softmax(logits)` [M, V] at the tokens `others` [M, K]; [M, K]."""
     if others.numel() and int(others.max()) >= logits.shape[-1]:
         raise ValueError(
             f"token {int(others.max())} was asked for, but the vocabulary has {logits.shape[-1]} tokens; "
             "policy and reference need the same one"
         )
-    wanted = logits.gather(-1, others) - torch.logsumexp(logits, dim=-1, keepdim=True)
-    return torch.nn.functional.pad(wanted, (0, 0, start, 0))
+    return logits.gather(-1, others) - torch.logsumexp(logits, dim=-1, keepdim=True)
 
 
 def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """`H = Z - sum_v p(v) * logit(v)` with Z the log-normalizer. [T, V], [T] -> [T]."""
-    probabilities = (logits - normalizer[:, None]).exp_()
-    return normalizer - (probabilities * logits).sum(dim=-1)
+    """`H = Z - sum_v p(v) * logit(v)` with Z the log-normalizer. [M, V], [M] -> [M]."""
+    return normalizer - ((logits - normalizer[:, None]).exp() * logits).sum(dim=-1)
+
+
+def _from(start: int, token_ids: Tensor) -> Tensor:
+    """The tokens `start .. T-1` of each row. [B, T] bool."""
+    return (torch.arange(token_ids.shape[1], device=token_ids.device) >= start).expand_as(token_ids)
 
 
 def _attention(directory: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.algorithms import AlgorithmConfig
-from align.batching import collate
+from align.batching import Batch, collate
 from align.critic import Critic, CriticConfig
 from align.judges import JUDGES
 from align.learner import Learner, LearnerConfig, NonFiniteUpdates
@@ -115,6 +116,9 @@ class LearnerActor:
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
         torch.manual_seed(seed)
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products are refused
+            torch.use_deterministic_algorithms(True)
         self.device = "cuda" if cfg.num_gpus else "cpu"
         # A GPU holds the whole policy only if it holds it alone: shards are moved there one by one.
         self.policy = Policy.load(model, device="cpu" if place else self.device, compute_dtype=compute_dtype)
@@ -167,6 +171,8 @@ class LearnerActor:
     def update(self, step: int, *parts: Group | tuple[TokenRewards, ...]) -> list[Metric]:
         """One optimizer step; `parts` are n groups followed by their n scores. Writes the trajectories of the step.
 
+        The batch of an update that was not finite is written too, beside them.
+
         Raises:
             TrainingDiverged: After several updates in a row that were not finite.
         """
@@ -175,10 +181,20 @@ class LearnerActor:
         groups = [ScoredGroup(group, scores) for group, scores in pairs]  # type: ignore[arg-type]
         if self.policy.ranks.first:
             transcripts.write(self.trajectories / f"step_{step:05d}.parquet", groups, self.policy.tokenizer, step)
+        batch, path = collate(groups), self.trajectories / f"step_{step:05d}_not_finite.safetensors"
         try:
-            return self.learner.update(collate(groups)).metrics
+            stats = self.learner.update(batch)
         except NonFiniteUpdates as error:
-            raise TrainingDiverged(str(error), "lower optimizer.lr; the newest checkpoint is good") from None
+            self._keep(batch, path)
+            advice = f"lower optimizer.lr, or look into {path}; the newest checkpoint is good"
+            raise TrainingDiverged(str(error), advice) from None
+        if stats.skipped:
+            self._keep(batch, path)
+        return stats.metrics
+
+    def _keep(self, batch: Batch, path: Path) -> None:
+        if self.policy.ranks.first:
+            batch.save(path)
 
     def export(self) -> tuple[ExportedWeights, tuple[int, int]]:
         """The current weights in the type that the engines take, with their fingerprint; and their (bytes, version)."""

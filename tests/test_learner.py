@@ -221,6 +221,16 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     torch.testing.assert_close(learner.policy.model.table.detach(), before * (1 - 0.25 * 0.1))
 
 
+def test_weights_of_norms_do_not_decay(policy: Policy) -> None:
+    learner = new_learner(policy, lr=0.25, weight_decay=0.1)
+    before = weights(learner)
+    batch = ragged_batch()
+    update(learner, dataclasses.replace(batch, rewards=torch.zeros_like(batch.rewards)))
+    for name, value in weights(learner).items():
+        expected = before[name] if "norm" in name else before[name] * (1 - 0.25 * 0.1)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("reward", "direction"), [(1.0, 1), (-1.0, -1)])
 def test_on_policy_a_rewarded_token_becomes_likelier_and_a_punished_one_less_likely(
     policy: Policy, reward: float, direction: int
@@ -352,6 +362,7 @@ def test_the_metrics_of_a_bandit_computed_by_hand() -> None:
         "optimizer/loss": -(1.1 * 3 * log(0.3) + 2 * log(0.2) + 3 * log(0.3) + 7 * log(0.2)) / 4,
         "optimizer/lr": 0.01,
         "optimizer/skipped_updates": 0,
+        "throughput/padding_fraction": 0,
         "tokens/trained": 4,
     }
     del values["optimizer/grad_norm"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from align.algorithms import AlgorithmConfig
 from align.learner import LearnerConfig
@@ -17,20 +19,15 @@ from align.types import Group, Prompt, Ticket
 from cluster.faults import TrainingDiverged
 from cluster.learning import LearnerActor
 from cluster.scorer import ScorerActor, ScorerConfig
-from tests.trajectories import make_trajectory
+from tests.trajectories import make_scored, make_trajectory
 
 
-@pytest.fixture
-def actor(model_folder: Path, tmp_path: Path) -> LearnerActor:
-    return learner_actor(model_folder, tmp_path, ReferenceRewardConfig())
-
-
-def learner_actor(model_folder: Path, tmp_path: Path, reward: RewardConfig) -> LearnerActor:
+def learner_actor(model_folder: Path, tmp_path: Path, reward: RewardConfig, **learner: Any) -> LearnerActor:
     return LearnerActor(
         model_folder,
         AlgorithmConfig(),
         OptimizerConfig(),
-        LearnerConfig(),
+        LearnerConfig(**learner),
         compute_dtype="float32",
         wire_dtype="float32",
         num_steps=3,
@@ -40,6 +37,11 @@ def learner_actor(model_folder: Path, tmp_path: Path, reward: RewardConfig) -> L
         trajectories=tmp_path,
         seed=0,
     )
+
+
+@pytest.fixture
+def actor(model_folder: Path, tmp_path: Path) -> LearnerActor:
+    return learner_actor(model_folder, tmp_path, ReferenceRewardConfig())
 
 
 PROMPTS = [[5], [6, 7, 8, 9], list(range(3, 23))]
@@ -58,6 +60,38 @@ def test_a_canary_sequence_is_a_prompt_that_the_policy_went_on_with(actor: Learn
         assert sequence[: len(prompt)] == prompt
         assert 1 <= len(sequence) - len(prompt) <= 16
     assert len({tuple(actor.canary_sequences(PROMPTS, 1000, seed)[2]) for seed in range(3)}) > 1
+
+
+def test_the_batch_of_an_update_that_was_not_finite_is_written_beside_the_trajectories(
+    actor: LearnerActor, tmp_path: Path
+) -> None:
+    good, bad = (
+        make_scored([make_trajectory([5, 6], [7, 8])], [[value, value]]) for value in (2.0, 3e38)
+    )  # the sum overflows
+    actor.update(0, good.group, good.scores)
+    actor.update(1, bad.group, bad.scores)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["step_00001_not_finite.safetensors"]
+    kept = load_file(tmp_path / "step_00001_not_finite.safetensors")
+    assert kept["token_ids"].tolist() == [[5, 6, 7, 8]]
+    assert kept["rewards"].tolist() == [[0, 0, *[pytest.approx(3e38)] * 2]]
+    actor.update(2, bad.group, bad.scores)
+    with pytest.raises(TrainingDiverged) as caught:
+        actor.update(3, bad.group, bad.scores)
+    path = tmp_path / "step_00003_not_finite.safetensors"
+    assert path.is_file()
+    assert str(path) in caught.value.advice
+
+
+def test_the_deterministic_mode_refuses_operations_that_vary(model_folder: Path, tmp_path: Path) -> None:
+    scored = make_scored([make_trajectory([5, 6], [7, 8]), make_trajectory([5, 6], [9])], [[1.0, -2.0], [3.0]])
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        actor = learner_actor(model_folder, tmp_path, ReferenceRewardConfig(), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        actor.update(0, scored.group, scored.scores)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @torch.no_grad()

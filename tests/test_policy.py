@@ -67,7 +67,7 @@ def test_the_start_cuts_and_changes_nothing_else(policy: Policy) -> None:
 
 
 def test_token_0_is_predicted_by_nothing(policy: Policy) -> None:
-    with pytest.raises(ValueError, match="start is at least 1"):
+    with pytest.raises(ValueError, match="token 0 is predicted by nothing"):
         policy.logits(IDS, start=0)
 
 

@@ -83,14 +83,13 @@ class ReferenceReward:
 
     @torch.no_grad()
     def _ref_logprobs(self, trajectories: list[Trajectory]) -> list[FloatArray]:
-        longest = max(len(t.token_ids) for t in trajectories)
-        ids = torch.zeros(len(trajectories), longest, dtype=torch.long)
+        lengths = torch.tensor([len(t.token_ids) for t in trajectories])
+        ids = torch.zeros(len(trajectories), int(lengths.max()), dtype=torch.long)
+        wanted = torch.zeros(ids.shape, dtype=torch.bool)
         for row, trajectory in enumerate(trajectories):
-            ids[row, : len(trajectory.token_ids)] = torch.from_numpy(trajectory.token_ids)
-        first = min((int(t.loss_mask.argmax()) for t in trajectories if t.loss_mask.any()), default=1)
-        output = self.reference.token_logprobs(ids.to(self.reference.device), start=first)
+            ids[row, : lengths[row]] = torch.from_numpy(trajectory.token_ids)
+            wanted[row, : lengths[row]] = torch.from_numpy(trajectory.loss_mask)
+        device = self.reference.device
+        output = self.reference.token_logprobs(ids.to(device), wanted=wanted.to(device), lengths=lengths.to(device))
         rows = output.logprobs.cpu().numpy()
-        return [
-            np.where(t.loss_mask, row[: len(t.token_ids)], np.float32(0))
-            for t, row in zip(trajectories, rows, strict=True)
-        ]
+        return [row[: len(t.token_ids)] for t, row in zip(trajectories, rows, strict=True)]
