@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from align import losses, returns
 from align.batching import Batch, micro_batches
 from align.metrics import Metric
+from align.model_folder import checked_model_directory
 from align.optimizer import Optimizer, OptimizerConfig
-from align.policy import DTYPES, checked_model_directory
+from align.policy import DTYPES
 
 
 class CriticConfig(BaseModel):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from align import attention
 from align.head import MAX_LOGITS_BYTES, Head
+from align.model_folder import LOCAL, attention_of, checked_model_directory, load_tokenizer
 from align.ranks import Ranks, is_sharded, named_shards, shard, whole
 from align.support import restricted
 from align.trunk import Trunk
 
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -90,8 +90,8 @@ class Policy:
             directory,
             dtype=torch.float32,
             use_safetensors=True,
-            attn_implementation=_attention(directory),
-            **_LOCAL,
+            attn_implementation=attention_of(directory),
+            **LOCAL,
         )
         return cls(model.to(device).eval(), load_tokenizer(directory), compute_dtype)
 
@@ -392,53 +392,3 @@ def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
 def _from(start: int, token_ids: Tensor) -> Tensor:
     """The tokens `start .. T-1` of each row. [B, T] bool."""
     return (torch.arange(token_ids.shape[1], device=token_ids.device) >= start).expand_as(token_ids)
-
-
-def _attention(directory: Path) -> str | None:
-    """Which attention transformers is to use; None leaves it the choice.
-
-    Its default, torch's fused one, ignores the soft cap that Gemma 2 puts on attention scores, without a word.
-    """
-    return "eager" if getattr(text_config(directory), "attn_logit_softcapping", None) else None
-
-
-def text_config(directory: Path) -> Any:
-    """The config of a folder's language model, also where it is a part of a larger model."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(directory, **_LOCAL).get_text_config()
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a Hugging Face folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory, **_LOCAL)
-
-
-def checked_model_directory(directory: Path | str) -> Path:
-    """The folder, if it holds a causal language model.
-
-    Raises:
-        ValueError: Naming what is missing and how to get it.
-    """
-    directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        state = "has no config.json" if directory.is_dir() else "does not exist"
-        raise ValueError(f"model folder {directory} {state}; make one with `align models --help`, or correct the path")
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(directory, **_LOCAL)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"model folder {directory}: config.json cannot be read: {error}") from error
-    # The type alone would let in a BERT encoder or a classifier: their types have a causal architecture too.
-    architecture = (config.architectures or [None])[0]
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    if not causal or architecture not in (None, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        architecture = architecture or type(config).__name__
-        raise ValueError(f"model folder {directory} holds {architecture}, which is not a causal language model")
-    if not list(directory.glob("*.safetensors")):
-        raise ValueError(f"model folder {directory} holds no *.safetensors weights; only safetensors are read")
-    return directory

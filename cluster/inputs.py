@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.policy import checked_model_directory, text_config
+from align.model_folder import checked_model_directory, text_config
 from align.prompts import load_prompts
 from align.rewards.kinds import verifier_of
 from align.types import Prompt

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.policy import Policy, load_tokenizer
+from align.model_folder import load_tokenizer
+from align.policy import Policy
 from align.rewards import Reward
 from align.rewards.kinds import RewardConfig, WithReference, make_reward, reads_reference
 from align.rewards.outcome import RewardFailed
@@ -133,7 +134,7 @@ def outcome(trajectory: Trajectory, score: TokenRewards) -> float:
 
 def _in_bfloat16(policy: Policy) -> Policy:
     """A copy whose weights are bfloat16: frozen weights are cast once, not at every forward pass."""
-    return Policy(copy.deepcopy(policy.model).to(torch.bfloat16), policy.tokenizer)
+    return Policy(copy.deepcopy(policy.model).to(torch.bfloat16), policy.tokenizer, "bfloat16")
 
 
 def completion_log_distributions(

@@ -49,7 +49,7 @@ def test_the_learner_honours_the_soft_cap_of_attention_scores(
         capped = policy.token_logprobs(TOKEN_IDS).logprobs
         policy.model.set_attn_implementation("sdpa")
         ignored = policy.token_logprobs(TOKEN_IDS).logprobs
-    assert float((capped - ignored).abs().max()) > 0.1, "transformers' default honours it now: `_attention` can go"
+    assert float((capped - ignored).abs().max()) > 0.1, "transformers' default honours it now: `attention_of` can go"
 
 
 def test_the_window_of_a_family_hides_what_is_further_back(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -66,6 +66,7 @@ def test_every_metric_that_is_written_is_explained_and_every_one_explained_is_wr
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Metric"
+        if not isinstance(node.args[0], ast.Starred)  # one that came from another rank
     ]
     for pattern in patterns:
         assert any(re.fullmatch(pattern, name) for name in GLOSSARY), f"{pattern} is not in the glossary"

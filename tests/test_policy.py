@@ -20,7 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from align.policy import Policy, checked_model_directory
+from align.model_folder import checked_model_directory
+from align.policy import Policy
 from tests import reference as oracle
 from tests.conftest import VOCAB_SIZE, random_qwen3
 from tests.tabular import TabularLM

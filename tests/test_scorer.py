@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.policy import load_tokenizer
+from align.model_folder import load_tokenizer
 from align.rewards.exact_match import ExactMatchConfig
 from align.rewards.kinds import RewardConfig
 from align.rewards.reference import ReferenceRewardConfig

@@ -1,0 +1,58 @@
+"""A Hugging Face folder of a causal language model: whether it is one, its config, its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
+
+
+def attention_of(directory: Path) -> str | None:
+    """Which attention transformers is to use; None leaves it the choice.
+
+    Its default, torch's fused one, ignores the soft cap that Gemma 2 puts on attention scores, without a word.
+    """
+    return "eager" if getattr(text_config(directory), "attn_logit_softcapping", None) else None
+
+
+def text_config(directory: Path) -> Any:
+    """The config of a folder's language model, also where it is a part of a larger model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory, **LOCAL).get_text_config()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Hugging Face folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, **LOCAL)
+
+
+def checked_model_directory(directory: Path | str) -> Path:
+    """The folder, if it holds a causal language model.
+
+    Raises:
+        ValueError: Naming what is missing and how to get it.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        state = "has no config.json" if directory.is_dir() else "does not exist"
+        raise ValueError(f"model folder {directory} {state}; make one with `align models --help`, or correct the path")
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(directory, **LOCAL)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"model folder {directory}: config.json cannot be read: {error}") from error
+    # The type alone would let in a BERT encoder or a classifier: their types have a causal architecture too.
+    architecture = (config.architectures or [None])[0]
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    if not causal or architecture not in (None, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        architecture = architecture or type(config).__name__
+        raise ValueError(f"model folder {directory} holds {architecture}, which is not a causal language model")
+    if not list(directory.glob("*.safetensors")):
+        raise ValueError(f"model folder {directory} holds no *.safetensors weights; only safetensors are read")
+    return directory
