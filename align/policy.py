@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from align import attention
+from align.adapters import Adapter, merged
 from align.head import MAX_LOGITS_BYTES, Head
 from align.model_folder import LOCAL, attention_of, checked_model_directory, load_tokenizer
 from align.ranks import Ranks, is_sharded, named_shards, shard, whole
@@ -74,6 +75,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
         self.ranks = Ranks()
+        self.adapter: Adapter | None = None
         self.max_logits_bytes = MAX_LOGITS_BYTES
 
     @classmethod
@@ -108,7 +110,7 @@ class Policy:
         every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied = every - {name for name, _ in self.model.named_parameters()}  # gathered twice, it would be written twice
         state = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in merged(self.adapter, self.model.state_dict().items()):
             if name not in tied:
                 full = whole(tensor)
                 if self.ranks.first:
@@ -135,12 +137,14 @@ class Policy:
         Of many ranks the first asks, while the others `follow`; one parameter at a time is whole.
         """
         names, parameters = zip(*named_shards(self.model), strict=True)
-        for name, parameter in zip(names, self.ranks.lead([p.detach() for p in parameters]), strict=True):
+        held = zip(names, self.ranks.lead([p.detach() for p in parameters]), strict=True)
+        for name, parameter in merged(self.adapter, held):
             yield from self._stored(name, parameter).items()
 
     def named_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of all that `named_weights` yields, by name and in its order; gathers nothing."""
-        stored = (self._stored(n, torch.empty(p.shape, device="meta")) for n, p in named_shards(self.model))
+        held = ((name, torch.empty(p.shape, device="meta")) for name, p in named_shards(self.model))
+        stored = (self._stored(name, parameter) for name, parameter in merged(self.adapter, held))
         return {name: tuple(tensor.shape) for parts in stored for name, tensor in parts.items()}
 
     def follow(self) -> None:

@@ -50,11 +50,12 @@ def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> l
 def _learner(cfg: RunConfig, model: ModelShape) -> Role:
     tokens, bytes_each = cfg.learner.max_tokens_per_micro_batch, _BYTES[cfg.learner_dtype]
     num_ranks = cfg.learner.num_ranks
-    states = 16 * model.num_parameters // num_ranks
+    states = (4 * model.num_parameters + 12 * model.num_trained) // num_ranks
+    adapter = 4 * model.num_adapter_parameters
     activations = _ACTIVATION_BYTES * bytes_each // 2 * tokens * model.hidden_size * model.num_layers
     cast = bytes_each * model.num_parameters if bytes_each < 4 else 0
     logits = 2 * 4 * tokens * model.vocab_size
-    total = states + activations + cast + logits
+    total = states + adapter + activations + cast + logits
     on_gpu = cfg.learner.num_gpus > 0
     loaded = 4 * model.num_parameters if num_ranks == 1 else 8 * model.num_parameters
     return Role(
@@ -64,8 +65,9 @@ def _learner(cfg: RunConfig, model: ModelShape) -> Role:
         cfg.learner.num_gpus,
         loaded if on_gpu else max(total, loaded),
         total if on_gpu else 0,
-        "weights, gradient, two moments in float32: 16 B x parameters / ranks; activations 34 x tokens x width x layers "
-        "(16-bit), logits 8 B x tokens x vocabulary; in host memory at times all weights (4 B), on many ranks all moments (8 B)",
+        "weights, gradient, two moments in float32: 16 B x parameters / ranks (with an adapter 4 B, and 16 B x its own); "
+        "activations 34 x tokens x width x layers (16-bit), logits 8 B x tokens x vocabulary; "
+        "in host memory at times all weights (4 B), on many ranks all moments (8 B)",
     )
 
 
@@ -127,7 +129,7 @@ class Arithmetic:
         trajectories = cfg.run.prompts_per_step * cfg.run.group_size
         per_row = cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len
         publish = _BYTES[cfg.engine_dtype] * model.num_parameters
-        checkpoint = 12 * model.num_parameters
+        checkpoint = 4 * model.num_parameters + 8 * model.num_trained + 4 * model.num_adapter_parameters
         return cls(
             groups_in_flight=(cfg.run.max_staleness + 1) * cfg.run.prompts_per_step,
             trajectories_per_step=trajectories,

@@ -42,8 +42,8 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint: `policy/` (a Hugging Face folder), `optimizer.safetensors`, a critic's files, `state.json`, and
-    maybe `reference/`."""
+    """A complete checkpoint: `policy/` (a Hugging Face folder), `optimizer.safetensors`, `state.json`; maybe `policy_adapter/`,
+    a critic's files, `reference/`."""
 
     path: Path
     state: RunState

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from align.adapters import AdapterConfig
 from align.algorithms import GROUP_BASELINES, OUTCOME_BASELINES, AlgorithmConfig
 from align.critic import CriticConfig
 from align.judges import JUDGES
@@ -53,6 +54,14 @@ class ModelSection(Section):
     """A model folder."""
 
     model: Path = Field(description="Hugging Face folder of a causal language model.")
+
+
+class PolicySection(ModelSection):
+    """The policy: its folder, and what of it is trained."""
+
+    adapter: AdapterConfig | None = Field(
+        None, description="Trained instead of the weights; left out: all weights are."
+    )
 
 
 class ReferenceSection(ModelSection):
@@ -100,7 +109,7 @@ class RunConfig(Section):
     """Everything a run needs."""
 
     run: RunSection
-    policy: ModelSection
+    policy: PolicySection
     reference: ReferenceSection | None = Field(
         None, description="The frozen reference, where reward or KL reads one; evaluations then show the KL to it."
     )
@@ -223,6 +232,10 @@ class RunConfig(Section):
         if learner.num_ranks == 1:
             return []
         return [
+            "[policy.adapter] needs learner.num_ranks = 1: the shards of a matrix and of its update lie on different ranks, and "
+            "what is published is their product"
+            if self.policy.adapter is not None
+            else None,
             f"learner.num_ranks ({learner.num_ranks}) is above the {num_trajectories} trajectories of a step "
             "(run.prompts_per_step * run.group_size): some ranks would have nothing to train on"
             if learner.num_ranks > num_trajectories

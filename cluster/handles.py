@@ -237,13 +237,13 @@ class LearnerHandle(Handle):
         await self._together(self._call(lambda actor: actor.save.remote(directory)), "save", self.deadlines.save_s)
 
     async def restore(self, directory: Path, version: int) -> None:
-        """Take up the optimizer of a checkpoint."""
+        """Take up the optimizer of a checkpoint, and its adapter."""
         restoring = self._call(lambda actor: actor.restore.remote(directory, version))
         await self._together(restoring, "restore", self.deadlines.save_s)
 
     async def export_policy(self, directory: Path) -> None:
-        """Write the policy as a Hugging Face folder."""
-        writing = self._call(lambda actor: actor.export_policy.remote(directory))
+        """Write the policy as a Hugging Face folder, and an adapter beside it."""
+        writing = self._call(lambda actor: actor.export_policy.remote(directory, with_adapter=True))
         await self._together(writing, "export of the policy", self.deadlines.save_s)
 
     def _call(self, call: Callable[[Any], Any]) -> list[Any]:

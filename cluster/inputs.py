@@ -12,6 +12,7 @@ from align.rewards.kinds import verifier_of
 from align.types import Prompt
 from cluster.config import RunConfig
 from cluster.faults import ConfigError
+from cluster.shape import model_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         _check_context(cfg.rollout.max_model_len, *folders, *critics)
         if cfg.refresh_every:
             _check_same_shape(*folders)
+        if cfg.policy.adapter:
+            model_shape(folders[0], cfg.policy.adapter)
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)
         heldout = load_prompts(cfg.evaluation.heldout, policy, room) if cfg.evaluation.heldout else []

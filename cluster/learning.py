@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from align.adapters import Adapter, AdapterConfig
 from align.algorithms import AlgorithmConfig
 from align.batching import Batch, collate
 from align.critic import Critic, CriticConfig
@@ -91,6 +92,7 @@ class LearnerActor:
         trajectories: Folder for the Parquet files.
         seed: The run's seed.
         critic: The critic that the algorithm asks for, or None.
+        adapter: What is trained instead of the policy's weights, or None; then `model` is the initial policy always.
         place: Where this rank is, if there are several.
     """
 
@@ -112,6 +114,7 @@ class LearnerActor:
         trajectories: Path,
         seed: int,
         critic: CriticConfig | None = None,
+        adapter: AdapterConfig | None = None,
         place: Place | None = None,
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
@@ -122,6 +125,8 @@ class LearnerActor:
         self.device = "cuda" if cfg.num_gpus else "cpu"
         # A GPU holds the whole policy only if it holds it alone: shards are moved there one by one.
         self.policy = Policy.load(model, device="cpu" if place else self.device, compute_dtype=compute_dtype)
+        if adapter is not None:
+            self.policy.adapter = Adapter(self.policy.model, adapter, seed)
         self.exact = Policy(self.policy.model, self.policy.tokenizer)  # float32, for evaluations
         self.place = place
         self.cfg = cfg
@@ -281,20 +286,32 @@ class LearnerActor:
         return float(exact_kl(own, shared).double().sum())
 
     def save(self, directory: Path) -> None:
-        """Write policy (Hugging Face folder), optimizer, KL coefficient and critic into `directory`."""
-        self.policy.save(directory / "policy")
+        """Write policy (Hugging Face folder), adapter, optimizer, KL coefficient and critic into `directory`."""
+        self.export_policy(directory / "policy", with_adapter=True)
         self.learner.save_optimizer(directory / "optimizer.safetensors")
 
     def restore(self, directory: Path, version: int) -> None:
-        """Take up optimizer, KL coefficient and critic of a checkpoint whose policy this learner was built from."""
+        """Take up optimizer, KL coefficient, adapter and critic of a checkpoint.
+
+        Without an adapter this learner was built from the checkpoint's policy.
+        """
+        if self.policy.adapter is not None:
+            self.policy.adapter.load(_adapter_beside(directory / "policy"))
         self.learner.load_optimizer(directory / "optimizer.safetensors", version)
 
-    def export_policy(self, directory: Path) -> None:
-        """Write the policy as a Hugging Face folder."""
+    def export_policy(self, directory: Path, with_adapter: bool = False) -> None:
+        """Write the policy as a Hugging Face folder, merged; on request also its adapter, if it has one, beside it."""
         self.policy.save(directory)
+        if self.policy.adapter is not None and with_adapter:
+            self.policy.adapter.save(_adapter_beside(directory))
 
     def fingerprint(self) -> str:
         """Of the weights in float32. Raises TrainingDiverged if one is not finite."""
         with self._leading():
             fingerprint, _ = inspect(self.policy.named_weights(), self.learner.version)
         return fingerprint
+
+
+def _adapter_beside(policy: Path) -> Path:
+    """Not within: transformers takes a folder that holds an adapter's config for the adapter."""
+    return policy.with_name(f"{policy.name}_adapter")

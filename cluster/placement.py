@@ -287,6 +287,7 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path, place: Place | 
             trajectories=run_dir.resolve() / "trajectories",
             seed=cfg.run.seed,
             critic=cfg.critic,
+            adapter=cfg.policy.adapter,
             place=place,
         )
     )

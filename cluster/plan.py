@@ -23,7 +23,7 @@ def plan(cfg: RunConfig, machines: Sequence[Node], rates: Rates | None) -> str:
         ConfigError: If a model folder has no config.json.
         ResourceError: If the run can never fit on the machines, with what is missing and what would fit.
     """
-    policy = model_shape(cfg.policy.model)
+    policy = model_shape(cfg.policy.model, cfg.policy.adapter)
     reference = model_shape(cfg.reference.model) if cfg.reference else None
     needed = roles(cfg, policy, reference)
     lines = [
@@ -81,8 +81,9 @@ def _arithmetic(cfg: RunConfig, numbers: Arithmetic) -> Iterator[str]:
         f"{_size(numbers.published_bytes_per_step)} a step"
     )
     yield (
-        f"checkpoints  {_size(numbers.checkpoint_bytes)} each (12 B x parameters), every {cfg.checkpoint.every} steps; "
-        f"{_size(numbers.disk_bytes)} of disk with the newest {cfg.checkpoint.keep}, one being written and the final policy"
+        f"checkpoints  {_size(numbers.checkpoint_bytes)} each (4 B x parameters, 8 B x trained ones), every "
+        f"{cfg.checkpoint.every} steps; {_size(numbers.disk_bytes)} of disk with the newest "
+        f"{cfg.checkpoint.keep}, one being written and the final policy"
     )
 
 

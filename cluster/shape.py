@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from align.adapters import Adapter, AdapterConfig
 from cluster.faults import ConfigError
 
 
@@ -19,6 +21,7 @@ class ModelShape:
         vocab_size: Number of logits.
         num_kv_heads: Heads of keys and values of one layer.
         head_dim: Width of one head.
+        num_adapter_parameters: Of an adapter, which are trained instead; 0 without one.
     """
 
     num_parameters: int
@@ -27,17 +30,23 @@ class ModelShape:
     vocab_size: int
     num_kv_heads: int
     head_dim: int
+    num_adapter_parameters: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters with a gradient and Adam's two moments."""
+        return self.num_adapter_parameters or self.num_parameters
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Keys and values of one token in all layers: 2 x layers x heads x width x bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
 
 
-def model_shape(folder: Path) -> ModelShape:
+def model_shape(folder: Path, adapter: AdapterConfig | None = None) -> ModelShape:
     """The shape of the model whose `config.json` is in `folder`, counted on a model without memory.
 
     Raises:
-        ConfigError: If there is no config.json of a causal language model.
+        ConfigError: If there is no config.json of a causal language model, or the adapter does not fit it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -53,13 +62,25 @@ def model_shape(folder: Path) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"model folder {folder}: config.json cannot be used: {error}", "see the message") from None
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     text = config.get_text_config()
     num_heads = text.num_attention_heads
     return ModelShape(
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+        num_adapter_parameters=0 if adapter is None else _num_trained(model, adapter),
     )
+
+
+def _num_trained(model: Any, adapter: AdapterConfig) -> int:
+    try:
+        Adapter(model, adapter)
+    except ValueError as error:
+        raise ConfigError(
+            f"[policy.adapter]: {error}", "name layers of the policy in policy.adapter.target_modules"
+        ) from None
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -112,7 +112,8 @@ class Training:
             self.inputs.train, cfg.run.group_size, cfg.run.seed, state.cursor, leased, self.filter.visits
         )
         canary = [self.stream.ticket(number) for number in range(cfg.weights.canary_sequences)]
-        policy = restored.policy if restored else cfg.policy.model
+        # An adapter goes back onto the weights that it was made for, not onto the checkpoint's, which it is a part of.
+        policy = restored.policy if restored and cfg.policy.adapter is None else cfg.policy.model
         self.workers = await start_workers(cfg, self.folder.path, policy, canary, self.console)
         self.reference = MovingReference(
             self.folder.path / "reference",
@@ -260,6 +261,8 @@ def _how_to_look(path: Path, report: Path, status: str) -> str:
     ]
     if status == "finished":
         lines.append(("policy", f"{path}/policy (a Hugging Face folder for transformers and vLLM)"))
+        if (path / "policy_adapter").is_dir():
+            lines.append(("adapter", f"{path}/policy_adapter (a PEFT folder, for the policy that the run began with)"))
     else:
         lines.append(("resume", f"align train {path}/config.toml --set run.dir={path}"))
     if status == "failed":
