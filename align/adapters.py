@@ -83,24 +83,21 @@ class Adapter:
         seed: Of A's first values, so that equal runs start equally.
 
     Raises:
-        ValueError: If there is nothing to adapt, or what is to be adapted is no plain linear layer of its own.
+        ValueError: If there is nothing to adapt, or what is to be adapted is no linear layer, shared, or quantised.
     """
 
     def __init__(self, model: Any, cfg: AdapterConfig, seed: int = 0) -> None:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ValueError("the policy's weights are quantised: no engine could be given their sum with an adapter")
         self.cfg = cfg
-        targets = cfg.target_modules if isinstance(cfg.target_modules, str) else list(cfg.target_modules)
         settings = LoraConfig(
             task_type="CAUSAL_LM",
             r=cfg.rank,
             lora_alpha=cfg.alpha,
             use_dora=cfg.kind == "dora",
             use_rslora=cfg.rslora,
-            target_modules=targets,
+            target_modules=_places(model, cfg.target_modules),
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -108,25 +105,6 @@ class Adapter:
         model.eval()
         self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
         self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._check(model)
-
-    def _check(self, model: Any) -> None:
-        given = () if isinstance(self.cfg.target_modules, str) else self.cfg.target_modules
-        for end in given:
-            if not any(f".{name}".endswith(f".{end}") for name in self._layers):
-                raise ValueError(f"adapter.target_modules: no layer of {type(model).__name__} is called {end!r}")
-        embedding = model.get_input_embeddings().weight
-        for name, layer in self._layers.items():
-            inner = layer.base_layer
-            if type(inner) is not torch.nn.Linear:
-                raise ValueError(
-                    f"adapter.target_modules: {name} is a {type(inner).__name__}; only plain linear layers are adapted here, whose "
-                    "merged weights engines can be given"
-                )
-            if inner.weight is embedding:
-                raise ValueError(
-                    f"adapter.target_modules: {name} shares its weight with the embedding; adapting one alone would untie them"
-                )
 
     def merged(self, held: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """What the model without an adapter would hold, had it learned the same: one merged matrix at a time, in float32.
@@ -172,6 +150,36 @@ class Adapter:
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
             raise ValueError(f"the adapter in {directory} is not of this run's kind, rank, places and model")
         set_peft_model_state_dict(self.wrapped, tensors)
+
+
+def _places(model: Any, ends: Literal["all-linear"] | tuple[str, ...]) -> list[str]:
+    """Names of the layers to adapt; see `AdapterConfig.target_modules` and `Adapter`.
+
+    They are looked up here, since peft's own all-linear takes in more than linear layers.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("the policy's weights are quantised: engines could not be given their sum with an adapter")
+    layers = dict(model.named_modules())
+    if ends == "all-linear":
+        head = model.get_output_embeddings()
+        places = [name for name, layer in layers.items() if type(layer) is torch.nn.Linear and layer is not head]
+        if not places:
+            raise ValueError(f"{type(model).__name__} has no linear layers but its head")
+        return places
+    for end in ends:
+        if not any(f".{name}".endswith(f".{end}") for name in layers):
+            raise ValueError(f"target_modules: no layer of {type(model).__name__} is called {end!r}")
+    places = [name for name in layers if any(f".{name}".endswith(f".{end}") for end in ends)]
+    for name in places:
+        if type(layers[name]) is not torch.nn.Linear:
+            raise ValueError(
+                f"target_modules: {name} is a {type(layers[name]).__name__}; only linear layers are adapted"
+            )
+        if layers[name].weight is model.get_input_embeddings().weight:
+            raise ValueError(
+                f"target_modules: {name} is the embedding too; an adapter on one of the two would untie them"
+            )
+    return places
 
 
 def merged(adapter: Adapter | None, held: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.bill import Arithmetic, Rates, Role, StepTime, read_rates, roles
@@ -47,6 +49,14 @@ def test_ranks_hold_a_share_of_the_states_each_and_at_times_all_moments_in_host_
     assert (learner.count, learner.gpus) == (2, 1)
     assert learner.gpu_bytes == 8 * 1000 + 34 * 10 * 8 * 2 + 2 * 1000 + 8 * 10 * 50
     assert learner.host_bytes == 8 * 1000
+
+
+def test_with_an_adapter_the_weights_are_there_once_and_gradient_and_moments_are_those_of_the_adapter() -> None:
+    shape, cfg = replace(SHAPE, num_adapter_parameters=30), config(**CPU, learner={"max_tokens_per_micro_batch": 10})
+    plain, adapted = (roles(cfg, one, SHAPE)[1].host_bytes for one in (SHAPE, shape))
+    assert plain - adapted == 12 * 1000 - 16 * 30
+    assert Arithmetic.of(cfg, shape).checkpoint_bytes == 4 * 1000 + 12 * 30
+    assert Arithmetic.of(cfg, shape).publish_bytes == Arithmetic.of(cfg, SHAPE).publish_bytes == 4 * 1000
 
 
 def test_an_engine_over_several_gpus_holds_its_share_on_each() -> None:

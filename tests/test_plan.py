@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
+from align.adapters import AdapterConfig
 from cluster.bill import Rates
 from cluster.faults import ConfigError
 from cluster.fit import Node
@@ -39,6 +40,18 @@ def test_a_model_of_seventy_billion_parameters_is_counted_without_memory(tmp_pat
     shape = model_shape(folder(tmp_path, **sizes, num_attention_heads=64, num_key_value_heads=8))
     assert shape.num_parameters == 70_553_706_496  # as published for this architecture
     assert shape.kv_bytes_per_token(2) == 327_680
+
+
+def test_an_adapter_has_its_rank_times_the_sides_of_every_matrix_and_with_dora_a_length_of_every_row(
+    tmp_path: Path,
+) -> None:
+    """Four attention matrices with keys and values half as wide, three of the feed-forward layer, in three layers."""
+    sides = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
+    lora, dora = (model_shape(folder(tmp_path), AdapterConfig(rank=5, kind=kind)) for kind in ("lora", "dora"))
+    assert lora.num_adapter_parameters == lora.num_trained == 3 * sum(5 * (i + o) for i, o in sides)
+    assert dora.num_adapter_parameters - lora.num_adapter_parameters == 3 * sum(o for _, o in sides)
+    plain = model_shape(tmp_path)
+    assert lora.num_parameters == plain.num_parameters == plain.num_trained
 
 
 def test_a_folder_without_a_causal_model_is_named(tmp_path: Path) -> None:
