@@ -10,7 +10,13 @@ the merged ones, under the names of the plain model, and needs to know nothing o
 A starts random and B at 0, so the policy starts as the frozen model. DoRA's gradient takes ||V|| for a constant, as its paper
 has it (section 4.3): it is not quite the gradient of W'.
 
-Source: Hu et al. 2021 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2; Liu et al. 2024 (DoRA), equations 5, 11.
+In float32 the merged weights and the learner's own sum agree to rounding. In bfloat16 an engine rounds W' where the learner
+rounds W and the update, each by itself, so the mismatch is somewhat larger than with full weights.
+
+The frozen model is at hand in the learner and could stand for a reference that is the first policy; here a scorer has its own
+copy, as it has of any other reference.
+
+Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA); Liu et al. 2024 (DoRA). Section 4.3 of the latter as peft cites it.
 """
 
 from __future__ import annotations

@@ -120,6 +120,17 @@ def test_the_adapted_policy_and_its_merged_weights_say_the_same(
     torch.testing.assert_close(own.entropy, merged.entropy, rtol=1e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("settings", KINDS)
+def test_in_bfloat16_the_sum_of_rounded_parts_stays_near_the_rounded_sum(
+    tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]
+) -> None:
+    policy = adapt(Policy(random_qwen3(0), tokenizer, "bfloat16"), **settings)
+    merged = plain(policy)
+    merged.compute_dtype = "bfloat16"
+    gap = (policy.token_logprobs(IDS).logprobs - merged.token_logprobs(IDS).logprobs)[:, 1:].abs()
+    assert 0 < float(gap.mean()) < 0.05
+
+
 # --- the gradient ------------------------------------------------------------------------------------------------
 
 
