@@ -120,6 +120,7 @@ def test_the_adapted_policy_and_its_merged_weights_say_the_same(
     torch.testing.assert_close(own.entropy, merged.entropy, rtol=1e-6, atol=4e-6)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("settings", KINDS)
 def test_in_bfloat16_the_sum_of_rounded_parts_stays_near_the_rounded_sum(
     tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]
