@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -190,6 +191,48 @@ def _follow(cluster_jobs: Any, job: str) -> int:
     except KeyboardInterrupt:
         typer.echo(f"no longer followed; the job goes on: align jobs stop {job} ends it")
         return 0
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+@app.command(epilog="Example: align status runs/demo-20261125-101500 --live")
+def status(
+    run: Run, live: Annotated[bool, typer.Option("--live", help="Show it anew every two seconds until Ctrl-C.")] = False
+) -> None:
+    """Where a run stands: state, step, time left, phases, the last values. Reads its folder; any machine that sees it will do."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from cluster.status import status as table
+
+    if not live:
+        Console().print(table(run))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(table(run)) as screen:
+        while True:
+            time.sleep(2)
+            screen.update(table(run))
+
+
+@app.command(epilog="Example: align inspect runs/demo-20261125-101500 --step 12 --ticket 731 --repeat 2")
+def inspect(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Trajectories of this step; left out: a line per step.")] = None,
+    ticket: Annotated[int | None, typer.Option(help="The group of this ticket, side by side.")] = None,
+    repeat: Annotated[int | None, typer.Option(help="One trajectory of the group, token by token.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Only prompts with this id, or with this text in them.")] = None,
+    ending: Annotated[str | None, typer.Option(help="Only trajectories that ended so: stop or length.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Trajectories shown: the lowest and the highest rewards.")] = 20,
+) -> None:
+    """What a run learned from: steps, their extremes, the answers to one prompt, the reward of every token."""
+    from rich.console import Console
+
+    from cluster.inspect import view
+
+    Console().print(view(run, step, ticket, repeat, prompt, ending, limit))
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]
