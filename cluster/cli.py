@@ -193,6 +193,26 @@ def _follow(cluster_jobs: Any, job: str) -> int:
         return 0
 
 
+@app.command(epilog="Example: align doctor deploy/runs/demo.toml")
+def doctor(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE.toml]", help="A run file: look at what it names too.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Look at this machine before a run takes it: one verdict per item, with the fix. Exit code 3 if something cannot work."""
+    from cluster.config import load_config
+    from cluster.doctor import examine
+
+    failed = False
+    for verdict in examine(load_config(file, overrides) if file else None):
+        failed |= verdict.state == "fail"
+        typer.echo(
+            f"{verdict.state:<5}{verdict.item:<15}{verdict.found}" + (f"\n     -> {verdict.fix}" if verdict.fix else "")
+        )
+    raise typer.Exit(3 if failed else 0)
+
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
