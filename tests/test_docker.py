@@ -73,7 +73,9 @@ def test_packages_come_from_the_lock_alone(dockerfile: Path) -> None:
     lock = f"deploy/requirements/{dockerfile.stem}.txt"
     assert f"{lock} requirements.txt" in arguments(dockerfile, "COPY")
     installs = [part for run in arguments(dockerfile, "RUN") for part in run.split("&&") if "pip install" in part]
-    assert all("--no-deps" in part or re.search(r"pip install --no-cache-dir uv==[\d.]+\s*$", part) for part in installs)
+    assert all(
+        "--no-deps" in part or re.search(r"pip install --no-cache-dir uv==[\d.]+\s*$", part) for part in installs
+    )
     pins = [line for line in (ROOT / lock).read_text().splitlines() if line[:1].isalnum()]
     assert len(pins) > 50
     assert [line for line in pins if "==" not in line and " @ " not in line] == []
@@ -99,7 +101,12 @@ def test_what_is_copied_is_let_into_the_context_and_nothing_else_is(dockerfile: 
     packages = {path for path in wanted if path.startswith(("align/", "cluster/", "deploy/requirements/"))}
     assert {path for path in packages if not let_in(dockerfile, path)} == set()
     assert all(let_in(dockerfile, path) for path in ("pyproject.toml", "LICENSE", "deploy/runs/demo.toml"))
-    for path in ("tests/test_bill.py", ".git/config", "models/tiny/policy/config.json", "deploy/runs/results/demo.json"):
+    for path in (
+        "tests/test_bill.py",
+        ".git/config",
+        "models/tiny/policy/config.json",
+        "deploy/runs/results/demo.json",
+    ):
         assert not let_in(dockerfile, path)
     for path in (".env", "runs/x/config.toml", "align/__pycache__/x.pyc", "deploy/LOG.md"):
         assert not let_in(dockerfile, path)
