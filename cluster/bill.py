@@ -43,32 +43,51 @@ class Role:
 def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> list[Role]:
     """Controller, learner, rollout actors and scorers of a run; host memory with what a process takes before any model."""
     controller = Role("controller", 1, 0, 0, 0, 0, "the controller, Ray and W&B of one machine")
-    found = [controller, _learner(cfg, policy), _rollout(cfg, policy), _scorer(cfg, reference)]
+    learner, rollout = _learner(cfg, policy), _rollout(cfg, policy)
+    if cfg.transport == "ipc":  # both on one GPU
+        shared = {"gpus": 0.5, "gpu_bytes": learner.gpu_bytes + rollout.gpu_bytes}
+        learner, rollout = replace(learner, **shared), replace(rollout, **shared)
+    found = [controller, learner, rollout, _scorer(cfg, reference)]
     return [replace(role, host_bytes=role.host_bytes + _PROCESS_BYTES[role.name]) for role in found]
 
 
 def _learner(cfg: RunConfig, model: ModelShape) -> Role:
-    tokens, bytes_each = cfg.learner.max_tokens_per_micro_batch, _BYTES[cfg.learner_dtype]
-    num_ranks = cfg.learner.num_ranks
+    learner, bytes_each = cfg.learner, _BYTES[cfg.learner_dtype]
+    tokens, num_ranks = learner.max_tokens_per_micro_batch, learner.num_ranks
     states = (4 * model.num_parameters + 12 * model.num_trained) // num_ranks
     adapter = 4 * model.num_adapter_parameters
-    activations = _ACTIVATION_BYTES * bytes_each // 2 * tokens * model.hidden_size * model.num_layers
-    cast = bytes_each * model.num_parameters if bytes_each < 4 else 0
-    logits = 2 * 4 * tokens * model.vocab_size
-    total = states + adapter + activations + cast + logits
-    on_gpu = cfg.learner.num_gpus > 0
+    of_layers = _ACTIVATION_BYTES * model.num_layers
+    held = _ACTIVATION_BYTES + 2 * model.num_layers if learner.activation_checkpointing else of_layers
+    activations = held * bytes_each // 2 * tokens * model.hidden_size
+    gathered = _cast_bytes(bytes_each, model.num_parameters) if num_ranks == 1 else _gathered_bytes(bytes_each, model)
+    logits = 2 * min(4 * tokens * model.vocab_size, learner.max_logits_bytes)
+    total = states + adapter + activations + gathered + logits
+    on_gpu = learner.num_gpus > 0
     loaded = 4 * model.num_parameters if num_ranks == 1 else 8 * model.num_parameters
     return Role(
         "learner",
         num_ranks,
-        cfg.learner.num_cpus,
-        cfg.learner.num_gpus,
+        learner.num_cpus,
+        learner.num_gpus,
         loaded if on_gpu else max(total, loaded),
         total if on_gpu else 0,
-        "weights, gradient, two moments in float32: 16 B x parameters / ranks (with an adapter 4 B, and 16 B x its own); "
-        "activations 34 x tokens x width x layers (16-bit), logits 8 B x tokens x vocabulary; "
-        "in host memory at times all weights (4 B), on many ranks all moments (8 B)",
+        "weights, gradient, two moments in float32: 16 B x parameters / ranks (with an adapter 4 B, and 16 B x its own); on many "
+        "ranks embeddings, head and one layer whole; activations 34 x tokens x width x layers (16-bit; 34 + 2 x layers with "
+        "activation_checkpointing); logits, at most max_logits_bytes, twice; in host memory at times all weights (4 B), on many "
+        "ranks all moments (8 B)",
     )
+
+
+def _cast_bytes(bytes_each: int, num_parameters: int) -> int:
+    """A copy of float32 weights in the type of the products, where that is another."""
+    return bytes_each * num_parameters if bytes_each < 4 else 0
+
+
+def _gathered_bytes(bytes_each: int, model: ModelShape) -> int:
+    """What a rank among many holds whole, at most: embeddings and head (taken as two), and one layer; with their gradients."""
+    ends = 2 * model.vocab_size * model.hidden_size
+    layer = max(model.num_parameters - ends, 0) // model.num_layers
+    return 8 * (ends + layer) + _cast_bytes(bytes_each, layer)
 
 
 def _rollout(cfg: RunConfig, model: ModelShape) -> Role:

@@ -90,16 +90,27 @@ class _Free:
 def unplaced(needed: Sequence[Role], machines: Sequence[Node]) -> list[Role]:
     """The roles of which not every process finds a machine, with the number that finds none.
 
-    First fit, the processes with most GPUs and then most memory first, each on one machine. Greedy, so a rare packing that
-    exists may be missed, but what it finds fits.
+    First fit, each process on one machine, in two orders: most GPUs first, and most host memory first, which finds a place for
+    many ranks of a learner beside engines over several GPUs. Greedy, so a rare packing that exists may be missed, but what it
+    finds fits.
     """
+    by_gpus = sorted(needed, key=lambda role: (-role.gpus, -role.host_bytes))
+    by_memory = sorted(needed, key=lambda role: (-role.host_bytes, -role.gpus))
+    return min((_first_fit(order, machines) for order in (by_gpus, by_memory)), key=_num_processes)
+
+
+def _first_fit(roles: Sequence[Role], machines: Sequence[Node]) -> list[Role]:
     free = [_Free.of(machine) for machine in machines]
     missing = []
-    for role in sorted(needed, key=lambda role: (-role.gpus, -role.host_bytes)):
+    for role in roles:
         failed = sum(not any(place.takes(role) for place in free) for _ in range(role.count))
         if failed:
             missing.append(replace(role, count=failed))
     return missing
+
+
+def _num_processes(roles: Sequence[Role]) -> int:
+    return sum(role.count for role in roles)
 
 
 def remedies(cfg: RunConfig, needed: Sequence[Role], machines: Sequence[Node]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,15 @@ def _interrupts_held() -> Iterator[None]:
 
 def _join(cfg: RunConfig, address: str) -> Any:
     context = _init(f"join the cluster at {address}", address=address)
-    resources = ray.cluster_resources()
-    Demand.of(cfg).check(resources.get("CPU", 0), resources.get("GPU", 0), f"the cluster at {address}")
+    # Not public in Ray: what an autoscaler may grow the cluster to; None where there is no autoscaler.
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    Demand.of(cfg).check(*within_reach(ray.cluster_resources(), most or {}), f"the cluster at {address}")
     return context
+
+
+def within_reach(now: Mapping[str, float], most: Mapping[str, float]) -> tuple[float, float]:
+    """CPUs and GPUs that a cluster has now or, where it grows by itself, may have."""
+    return max(now.get("CPU", 0), most.get("CPU", 0)), max(now.get("GPU", 0), most.get("GPU", 0))
 
 
 def _start(weights_bytes: int) -> Any:

@@ -23,7 +23,8 @@ from cluster.inputs import Inputs
 from cluster.ledger import Ledger
 from cluster.loop import Run, run_loop
 from cluster.memory import MemoryMeter
-from cluster.placement import start_workers
+from cluster.placement import cluster_address, start_workers
+from cluster.prometheus import PrometheusSink
 from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
 from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
@@ -63,6 +64,8 @@ class Training:
         self.sinks = Sinks(sinks, console.warn, started)
         if cfg.wandb.mode != "disabled":
             self.sinks.add(lambda: WandbSink(cfg.wandb, folder.path, folder.path.name, resolved(cfg), online))
+        if cluster_address() is not None:  # a Ray of the run's own serves no metrics
+            self.sinks.add(lambda: PrometheusSink(folder.path.name))
         self.samples = Samples(folder.path / "samples.json")
 
     async def run(self) -> int:

@@ -47,7 +47,8 @@ def test_ranks_hold_a_share_of_the_states_each_and_at_times_all_moments_in_host_
         "learner"
     ]
     assert (learner.count, learner.gpus) == (2, 1)
-    assert learner.gpu_bytes == 8 * 1000 + 34 * 10 * 8 * 2 + 2 * 1000 + 8 * 10 * 50
+    ends, layer = 2 * 50 * 8, (1000 - 2 * 50 * 8) // 2  # embeddings and head; one of the two layers
+    assert learner.gpu_bytes == 8 * 1000 + 8 * (ends + layer) + 2 * layer + 34 * 10 * 8 * 2 + 8 * 10 * 50
     assert learner.host_bytes == 8 * 1000
 
 
@@ -57,6 +58,25 @@ def test_with_an_adapter_the_weights_are_there_once_and_gradient_and_moments_are
     assert plain - adapted == 12 * 1000 - 16 * 30
     assert Arithmetic.of(cfg, shape).checkpoint_bytes == 4 * 1000 + 12 * 30
     assert Arithmetic.of(cfg, shape).publish_bytes == Arithmetic.of(cfg, SHAPE).publish_bytes == 4 * 1000
+
+
+def test_with_checkpointing_a_layer_keeps_its_input_alone_and_one_layer_is_computed_again() -> None:
+    learner = {"max_tokens_per_micro_batch": 10, "num_gpus": 1, "activation_checkpointing": True}
+    found = bill(learner=learner, rollout={"num_gpus": 1})["learner"]
+    assert found.gpu_bytes == 16 * 1000 + (34 + 2 * 2) * 10 * 8 + 2 * 1000 + 8 * 10 * 50
+
+
+def test_no_more_logits_than_the_learner_may_hold_are_counted() -> None:
+    learner = {"max_tokens_per_micro_batch": 10, "num_gpus": 1, "max_logits_bytes": 400}
+    found = bill(learner=learner, rollout={"num_gpus": 1})["learner"]
+    assert found.gpu_bytes == 16 * 1000 + 34 * 10 * 8 * 2 + 2 * 1000 + 2 * 400
+
+
+def test_learner_and_engine_on_one_gpu_take_half_of_it_each_and_their_memory_adds_up() -> None:
+    sections = {"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}}
+    apart, together = bill(**sections), bill(**sections, weights={"transport": "ipc"})
+    both = apart["learner"].gpu_bytes + apart["rollout"].gpu_bytes
+    assert [(together[name].gpus, together[name].gpu_bytes) for name in ("learner", "rollout")] == [(0.5, both)] * 2
 
 
 def test_an_engine_over_several_gpus_holds_its_share_on_each() -> None:

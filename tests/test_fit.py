@@ -36,6 +36,11 @@ def test_the_large_are_placed_first_so_that_the_small_do_not_take_their_place() 
     assert unplaced([role("scorer", gpus=1), role("rollout", gpus=8)], machines) == []
 
 
+def test_where_engines_first_would_leave_no_room_for_the_memory_of_the_ranks_the_ranks_are_placed_first() -> None:
+    needed = [role("learner", count=6, cpus=16, gpus=1, gib=150), role("rollout", count=2, cpus=8, gpus=4)]
+    assert unplaced(needed, [EIGHT_GPUS] * 2) == []
+
+
 def test_those_that_find_no_place_are_counted() -> None:
     missing = unplaced([role(count=5, gpus=2)], [EIGHT_GPUS])
     assert [(m.name, m.count) for m in missing] == [("rollout", 1)]

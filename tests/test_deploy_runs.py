@@ -1,0 +1,120 @@
+"""The run files for clusters: each passes `align plan` on the cluster that it names, with a model of its published sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.bill import roles
+from cluster.config import RunConfig, load_config
+from cluster.faults import ResourceError
+from cluster.fit import read_cluster
+from cluster.plan import check_fit, plan
+from cluster.shape import ModelShape, model_shape
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+QWEN = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+
+
+def sizes(layers: int, width: int, inner: int, heads: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+    }
+
+
+# From the config.json that each model is published with; and its number of parameters, in billions.
+MODELS: dict[str, tuple[dict[str, Any], float]] = {
+    "Qwen3-1.7B": (QWEN | sizes(28, 2048, 6144, 16) | {"tie_word_embeddings": True}, 1.7),
+    "Llama-3.1-8B-Instruct": (LLAMA | sizes(32, 4096, 14336, 32), 8.0),
+    "Qwen3-32B": (QWEN | sizes(64, 5120, 25600, 64) | {"tie_word_embeddings": False}, 32.8),
+    "Llama-3.1-70B-Instruct": (LLAMA | sizes(80, 8192, 28672, 64), 70.6),
+}
+CLUSTERS = {
+    "qwen3_1.7b_one_gpu": "one_gpu",
+    "llama_8b_eight_gpus": "eight_gpus",
+    "qwen3_32b_two_nodes": "sixteen_gpus",
+    "llama_70b_eight_nodes": "sixty_four_gpus",
+}
+GPUS = {"one_gpu": 1, "eight_gpus": 8, "sixteen_gpus": 16, "sixty_four_gpus": 64}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models that have a config and no weights."""
+    root = tmp_path_factory.mktemp("models")
+    for name, (content, _) in MODELS.items():
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(content))
+    return root
+
+
+def loaded(run: str, models: Path, *more: str) -> RunConfig:
+    """The run with its models in `models` instead of /shared/models."""
+    path = DEPLOY / "runs" / f"{run}.toml"
+    cfg = load_config(path)
+    sections = [name for name in ("policy", "reference") if getattr(cfg, name)]
+    return load_config(path, [*(f"{name}.model={models / getattr(cfg, name).model.name}" for name in sections), *more])
+
+
+def test_every_run_file_for_a_cluster_is_among_those_that_are_planned() -> None:
+    at_scale = {path.stem for path in (DEPLOY / "runs").glob("*.toml") if load_config(path).rollout.num_gpus}
+    assert at_scale == set(CLUSTERS)
+    assert {path.stem for path in (DEPLOY / "clusters").iterdir()} == {"laptop", *CLUSTERS.values()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_models_have_the_sizes_that_they_are_published_with(name: str, models: Path) -> None:
+    assert round(model_shape(models / name).num_parameters / 1e9, 1) == MODELS[name][1]
+
+
+@pytest.mark.parametrize(("run", "cluster"), CLUSTERS.items())
+def test_a_run_passes_the_plan_on_the_cluster_that_it_names(run: str, cluster: str, models: Path) -> None:
+    assert f"Cluster: deploy/clusters/{cluster}.toml" in (DEPLOY / "runs" / f"{run}.toml").read_text()
+    machines = read_cluster(DEPLOY / "clusters" / f"{cluster}.toml").machines()
+    assert sum(machine.gpus for machine in machines) == GPUS[cluster]
+    assert "fits         every process finds a place" in plan(loaded(run, models), machines, None)
+
+
+@pytest.mark.parametrize(("run", "cluster"), CLUSTERS.items())
+def test_no_micro_batch_is_smaller_than_the_longest_trajectory(run: str, cluster: str, models: Path) -> None:
+    cfg = loaded(run, models)
+    assert cfg.learner.max_tokens_per_micro_batch >= cfg.rollout.max_model_len
+
+
+@pytest.mark.parametrize("run", [run for run, cluster in CLUSTERS.items() if cluster != "one_gpu"])
+def test_with_one_rank_or_one_machine_fewer_it_would_not_fit(run: str, models: Path) -> None:
+    cluster = read_cluster(DEPLOY / "clusters" / f"{CLUSTERS[run]}.toml")
+    alone = loaded(run, models, "learner.num_ranks=1")
+    shape = model_shape(alone.policy.model)
+    with pytest.raises(ResourceError, match="learner"):
+        check_fit(alone, roles(alone, shape, shape), cluster.machines())
+    whole = loaded(run, models)
+    with pytest.raises(ResourceError):
+        check_fit(
+            whole,
+            roles(whole, shape, shape),
+            cluster.machines()[1:] or [cluster.nodes[0].model_copy(update={"gpus": 7})],
+        )
+
+
+def of_one_machine(cfg: RunConfig, shape: ModelShape) -> int:
+    """Host memory of as many ranks as Ray may put on one machine, by CPUs and GPUs alone."""
+    learner = next(role for role in roles(cfg, shape, shape) if role.name == "learner")
+    return min(cfg.learner.num_ranks, 8, int(192 // learner.cpus)) * learner.host_bytes
+
+
+@pytest.mark.parametrize("run", ["qwen3_32b_two_nodes", "llama_70b_eight_nodes"])
+def test_ray_which_knows_no_memory_puts_no_more_ranks_on_a_machine_than_its_memory_has_room_for(
+    run: str, models: Path
+) -> None:
+    cfg = loaded(run, models)
+    node = read_cluster(DEPLOY / "clusters" / f"{CLUSTERS[run]}.toml").nodes[0]
+    assert (node.cpus, node.gpus) == (192, 8)
+    assert of_one_machine(cfg, model_shape(cfg.policy.model)) <= node.memory_gib * 2**30
