@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -190,6 +191,68 @@ def _follow(cluster_jobs: Any, job: str) -> int:
     except KeyboardInterrupt:
         typer.echo(f"no longer followed; the job goes on: align jobs stop {job} ends it")
         return 0
+
+
+@app.command(epilog="Example: align doctor deploy/runs/demo.toml")
+def doctor(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE.toml]", help="A run file: look at what it names too.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Look at this machine before a run takes it: one verdict per item, with the fix. Exit code 3 if something cannot work."""
+    from cluster.config import load_config
+    from cluster.doctor import examine
+
+    failed = False
+    for verdict in examine(load_config(file, overrides) if file else None):
+        failed |= verdict.state == "fail"
+        typer.echo(
+            f"{verdict.state:<5}{verdict.item:<15}{verdict.found}" + (f"\n     -> {verdict.fix}" if verdict.fix else "")
+        )
+    raise typer.Exit(3 if failed else 0)
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+@app.command(epilog="Example: align status runs/demo-20261125-101500 --live")
+def status(
+    run: Run, live: Annotated[bool, typer.Option("--live", help="Show it anew every two seconds until Ctrl-C.")] = False
+) -> None:
+    """Where a run stands: state, step, time left, phases, the last values. Reads its folder; any machine that sees it will do."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from cluster.status import status as table
+
+    if not live:
+        Console().print(table(run))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(table(run)) as screen:
+        while True:
+            time.sleep(2)
+            screen.update(table(run))
+
+
+@app.command(epilog="Example: align inspect runs/demo-20261125-101500 --step 12 --ticket 731 --repeat 2")
+def inspect(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Trajectories of this step; left out: a line per step.")] = None,
+    ticket: Annotated[int | None, typer.Option(help="The group of this ticket, side by side.")] = None,
+    repeat: Annotated[int | None, typer.Option(help="One trajectory of the group, token by token.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Only prompts with this id, or with this text in them.")] = None,
+    ending: Annotated[str | None, typer.Option(help="Only trajectories that ended so: stop or length.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Trajectories shown: the lowest and the highest rewards.")] = 20,
+) -> None:
+    """What a run learned from: steps, their extremes, the answers to one prompt, the reward of every token."""
+    from rich.console import Console
+
+    from cluster.inspect import view
+
+    Console().print(view(run, step, ticket, repeat, prompt, ending, limit))
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]

@@ -1,0 +1,125 @@
+"""`align inspect` and `align status`, on folders written as a run writes them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from align.types import ScoredGroup
+from cluster import transcripts
+from cluster.faults import ConfigError
+from cluster.folder import RunFolder
+from cluster.inspect import Trajectories, chosen, staleness, view
+from cluster.status import status
+from tests.conftest import character_tokenizer
+from tests.run_files import config
+from tests.trajectories import make_scored, make_trajectory
+
+
+def shown(renderable: RenderableType) -> str:
+    console = Console(width=160, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def scored(number: int, rewards: list[list[float]], version: int) -> ScoredGroup:
+    """A group whose completions have these token rewards, sampled by one version."""
+    trajectories = [
+        make_trajectory([3, 4], [5 + i for i in range(len(r))], [-1.5] * len(r), version=version) for r in rewards
+    ]
+    return make_scored(trajectories, rewards, number)
+
+
+@pytest.fixture
+def run(tmp_path: Path, model_folder: Path) -> Path:
+    """A run of two steps: tickets 0 and 1, then 2 and 3; the second step learned from the version before last."""
+    folder = tmp_path / "run"
+    cfg = config(policy={"model": str(model_folder)}, run={"steps": 3})
+    RunFolder(folder, cfg)
+    tokenizer = character_tokenizer()
+    first = [scored(0, [[1.0, 2.0], [-4.0]], version=0), scored(1, [[0.5], [0.25, 0.25]], version=0)]
+    second = [scored(2, [[1.0], [3.0]], version=0), scored(3, [[-1.0], [7.0]], version=1)]
+    for step, groups in ((1, first), (2, second)):
+        transcripts.write(folder / "trajectories" / f"step_{step:05d}.parquet", groups, tokenizer, step)
+    return folder
+
+
+def look(run: Path, step: int | None = None, **more: object) -> str:
+    options = {"ticket": None, "repeat": None, "prompt": None, "ending": None, "limit": 20} | more
+    return shown(view(run, step, **options))  # type: ignore[arg-type]
+
+
+def test_the_overview_has_a_line_per_step_with_its_extremes(run: Path) -> None:
+    lines = [line.split() for line in look(run).splitlines() if line.split()[:1] in (["1"], ["2"])]
+    assert [line[:5] for line in lines] == [["1", "4", "0", "-4", "3"], ["2", "4", "2.5", "-1", "7"]]
+    assert [line[-1] for line in lines] == ["0", "1"], "the largest staleness of the step"
+
+
+def test_a_step_lists_the_lowest_and_the_highest_rewards(run: Path) -> None:
+    rows = Trajectories(run).rows(2)
+    assert [row["reward"] for row in chosen(rows, None, None, 20)] == [-1, 1, 3, 7]
+    assert [row["reward"] for row in chosen(rows, None, None, 2)] == [-1, 7]
+    assert [row["reward"] for row in chosen(rows, None, None, 3)] == [-1, 1, 7]
+    assert chosen(rows, "no such prompt", None, 20) == []
+    assert chosen(rows, None, "length", 20) == []
+    assert [staleness(row) for row in rows] == [1, 1, 0, 0]
+
+
+def test_a_group_is_shown_side_by_side_with_what_each_has_over_the_mean(run: Path) -> None:
+    text = look(run, 1, ticket=0)
+    assert "repeat 0" in text and "repeat 1" in text
+    assert "reward 3 (+3.5)" in text and "reward -4 (-3.5)" in text
+    assert "mean reward -0.5" in text
+
+
+def test_a_trajectory_is_shown_token_by_token_with_its_returns(run: Path) -> None:
+    lines = [line.split() for line in look(run, 1, ticket=0, repeat=0).splitlines()]
+    numbers = [[float(word) for word in line[-5:] if word != "-"] for line in lines if line[:1] in (["0"], ["1"])]
+    assert numbers == [[-1.5, 1.0, 3.0, 0.0], [-1.5, 2.0, 2.0, 0.0]]  # log-prob, reward, return, version; no reference
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "message"),
+    [
+        (9, {}, "has no step 9"),
+        (1, {"ticket": 2}, "did not train ticket 2"),
+        (1, {"ticket": 0, "repeat": 2}, "has no repeat 2"),
+        (None, {"ticket": 0}, "a ticket is looked for in one step"),
+    ],
+)
+def test_what_is_not_there_is_said(run: Path, step: int | None, more: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        look(run, step, **more)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no trajectories"):
+        look(tmp_path)
+    with pytest.raises(ConfigError, match="holds no run"):
+        status(tmp_path)
+
+
+def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ended(run: Path) -> None:
+    rows = [{"step": k, "time/step_s": 2.0, "time/update_s": 0.5, "reward/trajectory_mean": -k} for k in (1, 2)]
+    rows[1]["eval/heldout/kl_per_token"] = 0.125
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "ended without a word" in shown(status(run))
+    with RunFolder(run, config_of(run)).lock():
+        text = shown(status(run))
+    assert ": running" in text
+    assert "2 of 3; 2.0 s each, 2 s left" in text
+    assert "update 25%" in text
+    assert "-1.5 (mean of 2 steps)" in text
+    assert "heldout/kl_per_token 0.125" in text
+    (run / "summary.json").write_text(json.dumps({"status": "failed", "error": "[RUN] no luck"}))
+    assert "failed: [RUN] no luck" in shown(status(run))
+
+
+def config_of(run: Path):  # type: ignore[no-untyped-def]
+    from cluster.config import load_config
+
+    return load_config(run / "config.toml")
