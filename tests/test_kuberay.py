@@ -86,6 +86,15 @@ def test_every_case_has_an_overlay() -> None:
     assert {ray(name)["kind"] for name in CLUSTERS} == {"RayCluster"}
 
 
+def test_a_job_and_a_cluster_have_the_same_workers() -> None:
+    job, cluster = (cluster_spec(next(o for o in build(KUBERAY / name) if "spec" in o and o["kind"].startswith("Ray")))
+                    for name in ("job", "cluster"))  # fmt: skip
+    assert job["workerGroupSpecs"] == cluster["workerGroupSpecs"]
+    assert {key: job[key] for key in job if "Group" not in key} == {
+        key: cluster[key] for key in cluster if "Group" not in key
+    }
+
+
 def test_no_yaml_has_anchors_which_patches_would_change_in_two_places() -> None:
     for path in KUBERAY.rglob("*.yaml"):
         assert not re.search(r"(^|[\s:])[&*][a-z_]+\s*$", path.read_text(), re.MULTILINE), path
