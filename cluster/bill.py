@@ -45,8 +45,8 @@ def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> l
     controller = Role("controller", 1, 0, 0, 0, 0, "the controller, Ray and W&B of one machine")
     learner, rollout = _learner(cfg, policy), _rollout(cfg, policy)
     if cfg.transport == "ipc":  # both on one GPU
-        shared = {"gpus": 0.5, "gpu_bytes": learner.gpu_bytes + rollout.gpu_bytes}
-        learner, rollout = replace(learner, **shared), replace(rollout, **shared)
+        both = learner.gpu_bytes + rollout.gpu_bytes
+        learner, rollout = (replace(role, gpus=0.5, gpu_bytes=both) for role in (learner, rollout))
     found = [controller, learner, rollout, _scorer(cfg, reference)]
     return [replace(role, host_bytes=role.host_bytes + _PROCESS_BYTES[role.name]) for role in found]
 

@@ -18,6 +18,7 @@ from cluster.config import load_config
 from cluster.placement import Demand
 from tests.kuberay import cluster_spec, groups, problems
 from tests.kustomize import Object, apply, build
+from tests.test_deploy_runs import MODELS
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "deploy" / "kuberay"
@@ -83,6 +84,15 @@ def test_every_case_has_an_overlay() -> None:
     assert sorted(OVERLAYS) == sorted(JOBS + CLUSTERS)
     assert {ray(name)["kind"] for name in JOBS} == {"RayJob"}
     assert {ray(name)["kind"] for name in CLUSTERS} == {"RayCluster"}
+
+
+def test_a_job_and_a_cluster_have_the_same_workers() -> None:
+    job, cluster = (cluster_spec(next(o for o in build(KUBERAY / name) if "spec" in o and o["kind"].startswith("Ray")))
+                    for name in ("job", "cluster"))  # fmt: skip
+    assert job["workerGroupSpecs"] == cluster["workerGroupSpecs"]
+    assert {key: job[key] for key in job if "Group" not in key} == {
+        key: cluster[key] for key in cluster if "Group" not in key
+    }
 
 
 def test_no_yaml_has_anchors_which_patches_would_change_in_two_places() -> None:
@@ -239,11 +249,22 @@ def test_the_run_of_a_job_is_in_the_image_resumes_from_the_storage_and_finds_roo
     assert words[:2] == ["align", "train"] and words[2].startswith("/app/deploy/runs/")
     assert words[3] == "--set" and words[4].startswith("run.dir=/shared/runs/")
     assert json.loads(spec["entrypointResources"]) == {"driver": 1}
+    run_dir = words[4].removeprefix("run.dir=")
+    assert spec["metadata"] == {"align_run": load_config(ROOT / words[2][5:]).run.name, "align_run_dir": run_dir}
     demand = Demand.of(load_config(ROOT / words[2].removeprefix("/app/")))
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert demand.num_gpus <= group["minReplicas"] * int(limits["nvidia.com/gpu"])
     assert demand.num_cpus <= group["minReplicas"] * int(limits["cpu"])
+
+
+@pytest.mark.parametrize("overlay", JOBS)
+def test_the_storage_has_room_for_the_checkpoints_of_the_run(overlay: str) -> None:
+    cfg = load_config(ROOT / ray(overlay)["spec"]["entrypoint"].split()[2].removeprefix("/app/"))
+    num_parameters = MODELS[cfg.policy.model.name][1] * 1e9
+    (claim,) = of_kind(overlay, "PersistentVolumeClaim")
+    size = int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Ti")) * 2**40
+    assert ((cfg.checkpoint.keep + 1) * 12 + 4 + 4) * num_parameters < size
 
 
 def test_spot_machines_get_rollout_actors_and_never_the_learner() -> None:

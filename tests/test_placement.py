@@ -16,7 +16,15 @@ import pytest
 from cluster import placement
 from cluster.config import RunConfig
 from cluster.faults import ResourceError
-from cluster.placement import Demand, check_memory, cluster_address, max_groups_per_actor, num_local_cpus, ray_session
+from cluster.placement import (
+    Demand,
+    check_memory,
+    cluster_address,
+    max_groups_per_actor,
+    num_local_cpus,
+    ray_session,
+    within_reach,
+)
 from tests.run_files import config
 
 
@@ -57,6 +65,11 @@ def test_what_can_never_fit_is_refused_with_what_is_missing(there: tuple[int, in
         demand.check(*there, "this machine")
     assert caught.value.exit_code == 3
     assert "lower rollout.num_actors" in caught.value.advice
+
+
+def test_a_cluster_that_grows_by_itself_is_counted_as_large_as_it_may_become() -> None:
+    assert within_reach({"CPU": 4, "GPU": 1}, {}) == (4, 1)
+    assert within_reach({"CPU": 4}, {"CPU": 2, "GPU": 8}) == (4, 8)
 
 
 @pytest.mark.parametrize(
