@@ -36,8 +36,65 @@ def glossary_table() -> str:
     return "\n".join(["", "| metric | unit | meaning |", "|---|---|---|", *rows, ""])
 
 
+def algorithms_table() -> str:
+    """The committed table of the bundles as the README shows it: all seeds of a bundle in a row."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads((RESULTS / "algorithms.json").read_text()):
+        rows.setdefault(row["bundle"], []).append(row)
+    lines = ["", "| bundle | KL per token, held-out prompts | grammatical | goal |", "|---|---|---|---|"]
+    for bundle, seeds in rows.items():
+        before, goal = seeds[0]["before"], seeds[0]["goal"]
+        kl = ", ".join(f"{seed['after']['kl_per_token']:.3f}" for seed in seeds)
+        grammatical = ", ".join(f"{seed['after']['grammatical']:.0%}" for seed in seeds)
+        lines.append(
+            f"| `{bundle}` | {before['kl_per_token']:.2f} → {kl} | {before['grammatical']:.0%} → {grammatical} "
+            f"| {goal['grammatical']:.0%}, {goal['kl_per_token_fall']:g}x |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def variance_table() -> str:
+    """What baselines do to the gradient, as the README shows it."""
+    rows = [row for row in result("variance")["rows"] if row["group_size"] == 4]
+    lines = [
+        "",
+        "| estimator, groups of 4 | scale of the gradient | error of its direction | variance |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['estimator']} | {row['scale']:.3f} | {row['direction_error']:.1%} | {row['variance_relative']:.1%} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, ""])
+
+
+def test_the_tables_of_the_bundles_and_of_the_variance_are_the_committed_ones() -> None:
+    assert section("algorithms") == algorithms_table()
+    assert section("variance") == variance_table()
+
+
 def test_the_glossary_is_that_of_the_code() -> None:
     assert section("glossary") == glossary_table()
+
+
+def test_the_sums_are_learned_as_the_committed_run_says() -> None:
+    figures, rows = (
+        result("smollm2_addition"),
+        dict(re.findall(r"^\| ([^|]+?) \| (.+?) \|$", section("addition"), re.M)),
+    )
+    assert figures["status"] == "finished"
+    assert rows == {
+        "figure": "value",
+        "right answers, held-out sums": f"{figures['accuracy_before']:.1%} → {figures['accuracy_after']:.1%}",
+        "right answers, trained sums": f"{figures['accuracy_before_train']:.1%} → {figures['accuracy_after_train']:.1%}",
+        "engine and learner differ by": f"{figures['mismatch_mean']:.1e} mean, {figures['mismatch_max']:.1e} largest",
+        "tokens generated": f"{figures['generated_tokens']:,}",
+        "peak memory, all processes": f"{figures['peak_rss_bytes'] / 2**30:.1f} GiB",
+        "time": f"{figures['wall_s']:.0f} s",
+    }
+    assert figures["accuracy_before"] < 0.15
+    assert figures["accuracy_after"] >= 0.5
+    assert figures["wall_s"] <= 15 * 60
 
 
 @pytest.mark.parametrize("name", ["demo", "smollm2_heal", "plain"])
