@@ -68,8 +68,13 @@ def variance_table() -> str:
     return "\n".join([*lines, ""])
 
 
-def test_the_tables_of_the_bundles_and_of_the_variance_are_the_committed_ones() -> None:
+def test_the_table_of_the_bundles_is_the_committed_one() -> None:
+    if not (RESULTS / "algorithms.json").is_file():
+        pytest.skip("make bench-algorithms has not been run to its end")
     assert section("algorithms") == algorithms_table()
+
+
+def test_the_table_of_the_variance_is_the_committed_one() -> None:
     assert section("variance") == variance_table()
 
 
