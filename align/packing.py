@@ -1,4 +1,4 @@
-"""Trajectories of unequal lengths into micro-batches without padding, and micro-batches onto ranks of equal work."""
+"""Trajectories of unequal lengths into micro-batches without padding."""
 
 from __future__ import annotations
 
@@ -32,51 +32,4 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             room, number = max(max_tokens, lengths[row]), len(bins)
             bins.append([row])
         insort(rooms, (room - lengths[row], number))
-    return bins
-
-
-def balance(
-    lengths: Sequence[int], num_ranks: int, max_tokens: int, attention_weight: float = 0.0
-) -> list[list[list[int]]]:
-    """Trajectories onto ranks: equally many micro-batches for each, of nearly equal work.
-
-    Work of a trajectory of n tokens: `n + attention_weight * n^2`. By falling work, each goes to the micro-batch with the least
-    work among those with room; there are as few micro-batches per rank as take all trajectories. Ranks must call their
-    collectives equally often, so all get the same number of micro-batches, and with few trajectories some are **empty**.
-
-    Args:
-        lengths: Tokens of each trajectory.
-        num_ranks: Ranks.
-        max_tokens: Real tokens of a micro-batch; a longer trajectory gets one of its own.
-        attention_weight: Work of attention, per pair of tokens, over the work of all else, per token: about
-            `1 / (12 * hidden_size)` in a dense transformer (2 D of 24 D^2 multiplications in a layer).
-
-    Returns:
-        For each rank its micro-batches of row numbers; each row appears exactly once.
-    """
-    count = -(-sum(lengths) // max_tokens)
-    while True:
-        count = -(-count // num_ranks) * num_ranks
-        if (bins := _spread(lengths, count, max_tokens, attention_weight)) is not None:
-            return [bins[rank::num_ranks] for rank in range(num_ranks)]
-        count += 1
-
-
-def work(lengths: Sequence[int], attention_weight: float) -> float:
-    """`sum n + attention_weight * n^2` over trajectories that do not see each other."""
-    return sum(n + attention_weight * n * n for n in lengths)
-
-
-def _spread(lengths: Sequence[int], num_bins: int, max_tokens: int, attention_weight: float) -> list[list[int]] | None:
-    """`num_bins` bins of nearly equal work; None if the trajectories do not fit. Longest processing time first (Graham 1969)."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    tokens, works = [0] * num_bins, [0.0] * num_bins
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        open_bins = [b for b in range(num_bins) if not bins[b] or tokens[b] + lengths[row] <= max_tokens]
-        if not open_bins:
-            return None
-        least = min(open_bins, key=lambda b: (works[b], b))
-        bins[least].append(row)
-        tokens[least] += lengths[row]
-        works[least] += work([lengths[row]], attention_weight)
     return bins

@@ -10,13 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.config import RunConfig
 from cluster.faults import ConfigError
+from cluster.rollout import CPU_KV_CACHE_BYTES
 from cluster.shape import ModelShape
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_ACTIVATION_BYTES = (
-    34  # per token, unit of width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2
-)
-_CPU_KV_CACHE_BYTES = 256 << 20
+_ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2
 # What Python, torch, vLLM and Ray take before any model, resident, measured in the demo on CPUs (make demo, two cores).
 _PROCESS_BYTES = {"controller": 900 << 20, "learner": 500 << 20, "rollout": 1400 << 20, "scorer": 450 << 20}
 
@@ -96,7 +94,7 @@ def _rollout(cfg: RunConfig, model: ModelShape) -> Role:
     shards = max(rollout.num_gpus, 1)
     weights = bytes_each * model.num_parameters // shards
     least_kv = model.kv_bytes_per_token(bytes_each) * rollout.max_model_len // shards
-    kv = rollout.kv_cache_bytes or (least_kv if rollout.num_gpus else _CPU_KV_CACHE_BYTES)
+    kv = rollout.kv_cache_bytes or (least_kv if rollout.num_gpus else CPU_KV_CACHE_BYTES)
     on_gpu = rollout.num_gpus > 0
     return Role(
         "rollout",

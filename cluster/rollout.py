@@ -17,7 +17,7 @@ from cluster.weights import ExportedWeights
 if TYPE_CHECKING:
     from cluster.engine import Completion
 
-_CPU_KV_CACHE_BYTES = 256 << 20
+CPU_KV_CACHE_BYTES = 256 << 20
 
 
 class SamplingConfig(BaseModel):
@@ -193,7 +193,7 @@ def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, tran
         "seed": seed,
         "max_model_len": cfg.max_model_len,
         "max_num_seqs": cfg.max_num_seqs,
-        "kv_cache_bytes": cfg.kv_cache_bytes or (None if cfg.num_gpus else _CPU_KV_CACHE_BYTES),
+        "kv_cache_bytes": cfg.kv_cache_bytes or (None if cfg.num_gpus else CPU_KV_CACHE_BYTES),
         "transport": transport,
         "on_gpu": cfg.num_gpus > 0,
         "tensor_parallel_size": max(cfg.num_gpus, 1),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from align.packing import balance, pack, work
+from align.packing import pack
 from align.policy import Policy
 from align.trunk import Trunk
 from tests.tabular import TabularLM
@@ -60,39 +60,6 @@ def test_no_micro_batch_could_take_what_was_put_into_a_later_one(lengths: list[i
 def test_packing_of_a_case_done_by_hand() -> None:
     assert pack([3, 9, 4, 3, 1], max_tokens=8) == [[1], [2, 0, 4], [3]]
     assert pack([5, 6, 3, 2], max_tokens=8) == [[1, 3], [0, 2]]  # best fit: 3 goes beside 5, where it leaves nothing
-
-
-# --- ranks -------------------------------------------------------------------------------------------------------
-
-
-@given(LENGTHS, st.integers(1, 100), st.integers(1, 5))
-def test_ranks_share_all_trajectories_and_have_equally_many_micro_batches(
-    lengths: list[int], max_tokens: int, num_ranks: int
-) -> None:
-    ranks = balance(lengths, num_ranks, max_tokens)
-    assert len(ranks) == num_ranks
-    assert len({len(parts) for parts in ranks}) == 1
-    assert sorted(row for parts in ranks for part in parts for row in part) == list(range(len(lengths)))
-    for part in (part for parts in ranks for part in parts):
-        assert len(part) <= 1 or sum(lengths[row] for row in part) <= max_tokens
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-@pytest.mark.parametrize("attention_weight", [0.0, 1 / (12 * 576)])
-def test_the_work_of_ranks_differs_by_less_than_2_percent(num_ranks: int, attention_weight: float) -> None:
-    lengths = log_normal(0, 512)
-    ranks = balance(lengths, num_ranks, 8192, attention_weight)
-    works = [sum(work([lengths[row] for row in part], attention_weight) for part in parts) for parts in ranks]
-    assert sum(works) == pytest.approx(work(lengths, attention_weight))
-    assert max(works) / min(works) < 1.02
-
-
-def test_attention_counts_in_the_balance() -> None:
-    lengths = [100] + [10] * 10
-    by_tokens = balance(lengths, 2, 1000)
-    assert [sum(lengths[row] for part in parts for row in part) for parts in by_tokens] == [100, 100]
-    by_work = balance(lengths, 2, 1000, attention_weight=1.0)
-    assert by_work == [[[0]], [list(range(1, 11))]]
 
 
 # --- models ------------------------------------------------------------------------------------------------------
