@@ -37,7 +37,7 @@ def stage(cfg: RunConfig, folder: Path) -> None:
         shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in _prompt_files(cfg):
         _copy(path, folder, "prompt file")
-    for path in {section.model for section in (cfg.policy, cfg.reference) if section}:
+    for path in {section.model for section in (cfg.policy, cfg.reference, cfg.critic) if section and section.model}:
         _copy_model(path, folder)
 
 

@@ -41,6 +41,14 @@ def test_only_what_the_run_names_is_taken_along(home: Path, tmp_path: Path) -> N
     assert found == {RUN_FILE, "prompts.jsonl", *models}
 
 
+def test_the_model_that_a_critic_starts_from_is_taken_along(home: Path, tmp_path: Path) -> None:
+    (home / "models/critic").mkdir()
+    (home / "models/critic" / "model.safetensors").write_bytes(b"weights")
+    critic = {"model": "models/critic", "optimizer": {"lr": 1e-4}}
+    cfg = config(run={"dir": "/shared/run"}, algorithm={"name": "ppo"}, critic=critic)
+    assert "models/critic/model.safetensors" in staged(cfg, tmp_path / "job")
+
+
 def test_the_code_that_submits_is_the_code_that_runs(home: Path, tmp_path: Path) -> None:
     staged(config(run={"dir": "/shared/run"}), tmp_path / "job")
     for module in ("align/learner.py", "cluster/cli.py", "cluster/report.html.j2"):
