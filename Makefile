@@ -7,7 +7,7 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real demo-grpo test test-fast lint format
+.PHONY: setup demo demo-plain demo-real demo-grpo test test-long test-fast lint format
 .PHONY: bench-algorithms bench-head bench-staleness bench-variance
 
 setup: $(VENV)/.installed
@@ -45,7 +45,10 @@ bench-algorithms: setup models/tiny
 	$(BIN)/python -m tests.bench.algorithms
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not integration"

@@ -21,7 +21,7 @@ import pytest
 from align.tiny import PAD_TOKEN
 from tests.families import FAMILIES, WINDOW, write
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 FLOAT32_MAX = 1e-4
 BFLOAT16_MEAN = dict.fromkeys(FAMILIES, 0.05) | {"gemma2": 0.02, "gemma3": 0.02, "mixtral": 0.08, "olmoe": 0.08}

@@ -12,7 +12,7 @@ import pytest
 from align.policy import Policy
 from tests.integration.runs import DEMO, AlignProcess, align, last_step, summary, trajectories, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_task")]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.usefixtures("tiny_task")]
 
 STEPS = 6
 SETTINGS = [
