@@ -185,7 +185,9 @@ def summarize(group: Group) -> GroupSummary:
     )
 
 
-def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str) -> dict[str, Any]:
+def engine_settings(
+    model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str, adapter_rank: int
+) -> dict[str, Any]:
     """Keyword arguments of `cluster.engine.EngineSettings`."""
     return {
         "model": model,
@@ -198,4 +200,5 @@ def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, tran
         "on_gpu": cfg.num_gpus > 0,
         "tensor_parallel_size": max(cfg.num_gpus, 1),
         "gpu_memory_utilization": cfg.gpu_memory_utilization,
+        "adapter_rank": adapter_rank,
     }
