@@ -1,7 +1,7 @@
 """Measures a real vLLM engine that is given adapters alone, as `engine_probe.py` does one that is given weights.
 
-Prints what it found as one line of JSON; `test_adapter_engine.py` judges it. Arguments: a model folder, then folders of further
-families, of which the agreement alone is measured.
+Prints what it found as one line of JSON; `test_adapter_engine.py` judges it. Arguments: a model folder; or several, of which the
+agreement alone is measured.
 """
 
 from __future__ import annotations
@@ -122,14 +122,15 @@ async def of_family(model_dir: Path) -> dict[str, Any]:
         engine.shutdown()
 
 
-async def main(model_dir: Path, families: list[Path]) -> None:
-    found = await probe(model_dir)
-    for folder in families:
+async def families(folders: list[Path]) -> dict[str, Any]:
+    """One engine after the other; an error stands in place of the figures."""
+    found = {}
+    for folder in folders:
         try:
             found[folder.name] = await of_family(folder)
         except Exception as error:
             found[folder.name] = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
@@ -142,4 +143,5 @@ if __name__ == "__main__":
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    asyncio.run(main(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]]))
+    first, *others = map(Path, sys.argv[1:])
+    print(json.dumps(asyncio.run(families([first, *others]) if others else probe(first))))
