@@ -122,7 +122,7 @@ class Adapter:
             lora_alpha=cfg.alpha,
             use_dora=cfg.kind == "dora",
             use_rslora=cfg.rslora,
-            target_modules=_places(model, cfg.target_modules),
+            target_modules=adapted_layers(model, cfg),
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -195,16 +195,16 @@ class Adapter:
         set_peft_model_state_dict(self.wrapped, {name: like(t, own[name]) for name, t in tensors.items()})
 
 
-def _places(model: Any, ends: Literal["all-linear"] | tuple[str, ...]) -> list[str]:
+def adapted_layers(model: Any, cfg: AdapterConfig) -> list[str]:
     """Names of the layers to adapt; see `AdapterConfig.target_modules` and `Adapter`.
 
     They are looked up here, since peft's own all-linear takes in more than linear layers.
     """
+    head, ends = model.get_output_embeddings(), cfg.target_modules
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the policy's weights are quantised: engines could not be given their sum with an adapter")
     layers = dict(model.named_modules())
     if ends == "all-linear":
-        head = model.get_output_embeddings()
         places = [name for name, layer in layers.items() if type(layer) is torch.nn.Linear and layer is not head]
         if not places:
             raise ValueError(f"{type(model).__name__} has no linear layers but its head")
@@ -221,6 +221,11 @@ def _places(model: Any, ends: Literal["all-linear"] | tuple[str, ...]) -> list[s
         if layers[name].weight is model.get_input_embeddings().weight:
             raise ValueError(
                 f"target_modules: {name} is the embedding too; an adapter on one of the two would untie them"
+            )
+        if layers[name] is head and cfg.publish == "adapter":
+            raise ValueError(
+                f"target_modules: {name} is the head; with an adapter there vLLM cannot score the sequences by which a "
+                "publication is checked; publish = 'merged' has none in the engine"
             )
     return places
 

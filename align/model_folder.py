@@ -26,6 +26,16 @@ def text_config(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory, **LOCAL).get_text_config()
 
 
+def empty_model(directory: Path) -> Any:
+    """The model of a folder without its weights, hence without memory (torch's device "meta")."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, **LOCAL)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a Hugging Face folder."""
     from transformers import AutoTokenizer

@@ -145,7 +145,7 @@ class Arithmetic:
         """From the run file and the policy's shape."""
         trajectories = cfg.run.prompts_per_step * cfg.run.group_size
         per_row = cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len
-        published = model.num_trained if cfg.policy.engine_adapter_rank else model.num_parameters
+        published = model.num_trained if cfg.policy.engine_adapter else model.num_parameters
         publish = _BYTES[cfg.engine_dtype] * published
         checkpoint = 4 * model.num_parameters + 8 * model.num_trained + 4 * model.num_adapter_parameters
         return cls(

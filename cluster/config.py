@@ -64,9 +64,9 @@ class PolicySection(ModelSection):
     )
 
     @property
-    def engine_adapter_rank(self) -> int:
-        """Rank of the adapter that engines have as such; 0 where they have one set of weights."""
-        return self.adapter.rank if self.adapter and self.adapter.publish == "adapter" else 0
+    def engine_adapter(self) -> AdapterConfig | None:
+        """The adapter that engines have as such; None where they have one set of weights."""
+        return self.adapter if self.adapter and self.adapter.publish == "adapter" else None
 
 
 class ReferenceSection(ModelSection):
@@ -202,11 +202,11 @@ class RunConfig(Section):
             else None,
             f"policy.adapter.publish = 'adapter' needs weights.transport = 'object_store' (not {self.weights.transport!r}): vLLM "
             "takes adapters from files"
-            if self.policy.engine_adapter_rank and self.weights.transport in ("nccl", "ipc")
+            if self.policy.engine_adapter and self.weights.transport in ("nccl", "ipc")
             else None,
             "policy.adapter.publish = 'adapter' needs rollout.num_gpus of at most 1: what each of several GPUs holds of it "
             "is not compared with what was published; 'merged' is"
-            if self.policy.engine_adapter_rank and rollout.num_gpus > 1
+            if self.policy.engine_adapter and rollout.num_gpus > 1
             else None,
             *self._problems_of_sampling(),
             *self._problems_of_ranks(),
@@ -295,7 +295,7 @@ class RunConfig(Section):
         if self.weights.transport != "auto":
             return self.weights.transport
         on_gpus = self.learner.num_gpus and self.rollout.num_gpus
-        return "nccl" if on_gpus and not self.policy.engine_adapter_rank else "object_store"
+        return "nccl" if on_gpus and not self.policy.engine_adapter else "object_store"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -333,8 +333,8 @@ def _create_rollout(cfg: RunConfig, rank: int) -> Any:
         # Training and an evaluation at once, with room for loads: a call beyond this number would wait for a group.
         "max_concurrency": 2 * max_groups_per_actor(cfg) + 16,
     }
-    model, seed, adapter_rank = cfg.policy.model.resolve(), cfg.run.seed + rank, cfg.policy.engine_adapter_rank
-    settings = engine_settings(model, cfg.rollout, cfg.engine_dtype, seed, cfg.transport, adapter_rank)
+    model, seed, adapter = cfg.policy.model.resolve(), cfg.run.seed + rank, cfg.policy.engine_adapter
+    settings = engine_settings(model, cfg.rollout, cfg.engine_dtype, seed, cfg.transport, adapter)
     return ray.remote(RolloutActor).options(**options).remote(rank, settings, cfg.sampling)
 
 

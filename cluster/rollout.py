@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from align.adapters import AdapterConfig
 from align.types import FinishReason, Group, Ticket, Trajectory
 from cluster.faults import ActorLost
 from cluster.weights import ExportedWeights
@@ -186,7 +187,7 @@ def summarize(group: Group) -> GroupSummary:
 
 
 def engine_settings(
-    model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str, adapter_rank: int
+    model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str, adapter: AdapterConfig | None
 ) -> dict[str, Any]:
     """Keyword arguments of `cluster.engine.EngineSettings`."""
     return {
@@ -200,5 +201,5 @@ def engine_settings(
         "on_gpu": cfg.num_gpus > 0,
         "tensor_parallel_size": max(cfg.num_gpus, 1),
         "gpu_memory_utilization": cfg.gpu_memory_utilization,
-        "adapter_rank": adapter_rank,
+        "adapter": adapter,
     }

@@ -24,7 +24,7 @@ from cluster.inputs import load_inputs
 from cluster.learning import LearnerActor
 from cluster.scorer import ScorerActor, ScorerConfig
 from tests.conftest import random_qwen3
-from tests.families import random_model
+from tests.families import random_model, write
 from tests.run_files import config
 from tests.test_config import refused
 from tests.test_config import run_file as run_file
@@ -371,7 +371,7 @@ def test_an_adapter_goes_by_ray_also_between_gpus() -> None:
     adapter = {"publish": "adapter", "rank": 4}
     assert config(**gpus, policy={"model": Path("m"), "adapter": {"rank": 4}}).transport == "nccl"
     cfg = config(**gpus, policy={"model": Path("m"), "adapter": adapter})
-    assert (cfg.transport, cfg.policy.engine_adapter_rank) == ("object_store", 4)
+    assert (cfg.transport, cfg.policy.engine_adapter) == ("object_store", cfg.policy.adapter)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -422,6 +422,28 @@ def test_places_that_cannot_be_adapted_are_refused(
     cfg = config(policy=section, reference={"model": model_folder}, prompts=prompts, **room)
     with pytest.raises(ConfigError, match=rf"\[policy\.adapter\].*{reason}"):
         load_inputs(cfg)
+
+
+def test_a_head_that_engines_would_have_an_adapter_on_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = Policy(random_qwen3(0, tied=False), tokenizer)
+    with pytest.raises(ValueError, match="lm_head is the head; with an adapter there vLLM cannot score"):
+        adapt(policy, target_modules=("q_proj", "lm_head"), publish="adapter")
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_a_mixture_of_experts_has_its_adapter_merged_on_cpus(
+    num_gpus: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write("qwen3_moe", tokenizer, tmp_path / "model")
+    section = {"model": tmp_path / "model", "adapter": {"publish": "adapter"}}
+    prompts = {"files": [write_prompts(tmp_path / "train.jsonl", "a cat")]}
+    room = {"sampling": {"max_tokens": 32}, "rollout": {"max_model_len": 64, "num_gpus": num_gpus}}
+    cfg = config(policy=section, reference={"model": tmp_path / "model"}, prompts=prompts, **room)
+    if num_gpus:
+        assert len(load_inputs(cfg).train) == 1
+    else:
+        with pytest.raises(ConfigError, match=r"needs rollout\.num_gpus = 1 for a mixture of experts"):
+            load_inputs(cfg)
 
 
 def test_models_whose_matrices_are_something_else_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,6 +25,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from align.adapters import AdapterConfig
 from align.types import FinishReason, VersionSpan
 from cluster.engine.adapter import STAGED_FILE, describe_adapter, lora_arguments, lora_request
 from cluster.engine.receiver import SHARED_MEMORY, WorkerExtension, read_staged
@@ -52,7 +53,7 @@ class EngineSettings:
         on_gpu: Whether the engine runs on a GPU.
         tensor_parallel_size: GPUs of the engine.
         gpu_memory_utilization: Share of a GPU's memory for the engine.
-        adapter_rank: Of the adapter that is loaded instead of weights; 0 without one.
+        adapter: What is loaded instead of weights; None for weights.
     """
 
     model: Path
@@ -65,7 +66,7 @@ class EngineSettings:
     on_gpu: bool = False
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.85
-    adapter_rank: int = 0
+    adapter: AdapterConfig | None = None
 
     def arguments(self) -> dict[str, Any]:
         """vLLM's engine arguments."""
@@ -84,8 +85,8 @@ class EngineSettings:
             "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
             "weight_transfer_config": {"backend": backend},
         }
-        if self.adapter_rank:
-            common |= lora_arguments(self.adapter_rank)
+        if self.adapter is not None:
+            common |= lora_arguments(self.model, self.adapter)
         if self.kv_cache_bytes is not None:
             common["kv_cache_memory_bytes"] = self.kv_cache_bytes
         if self.on_gpu:
@@ -149,7 +150,7 @@ class Engine:
         self._running: dict[str, Completion] = {}
         self._connected = False
         self._watched = False
-        self._adapter = lora_request() if settings.adapter_rank else None
+        self._adapter = lora_request() if settings.adapter else None
         self._whole = True  # the serving weights are those of one version, not half replaced
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
@@ -222,7 +223,8 @@ class Engine:
         await self.finish_weight_update()
 
     async def _load_adapter(self, staged: Path) -> None:
-        describe_adapter(staged.parent, self.settings.adapter_rank)
+        assert self.settings.adapter is not None
+        describe_adapter(staged.parent, self.settings.adapter.rank)
         await self.begin_update()
         self._whole = False
         await self._llm.add_lora(lora_request(staged.parent))

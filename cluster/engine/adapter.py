@@ -18,18 +18,30 @@ from typing import Any
 from torch import Tensor
 from vllm.lora.request import LoRARequest
 
-from align.adapters import PEFT_PREFIX
+from align.adapters import PEFT_PREFIX, AdapterConfig, adapted_layers
+from align.model_folder import empty_model
 
 STAGED_FILE = (
     "adapter_model.safetensors"  # what vLLM reads of an adapter's folder; whole weights are staged under it, too
 )
+_PACKED = (
+    "qkv_proj",
+    "gate_up_proj",
+)  # vLLM's layers that are several of a model's; older versions know no other names
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for; see `align.adapters.MAX_ENGINE_RANK`
 
 
-def lora_arguments(rank: int) -> dict[str, Any]:
-    """vLLM's engine arguments for one adapter."""
-    room = next(room for room in _RANKS if room >= rank)
-    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": room}
+def lora_arguments(model: Path, cfg: AdapterConfig) -> dict[str, Any]:
+    """vLLM's engine arguments for one adapter.
+
+    Layers that have none are left alone. Above all the head: vLLM's logits with room for an adapter have a row for every
+    request, not for every token of the prompts, and the first two prompts to be scored at once end the engine.
+    """
+    room = next(room for room in _RANKS if room >= cfg.rank)
+    ends = {name.rpartition(".")[2] for name in adapted_layers(empty_model(model), cfg)}
+    targets = sorted(ends.union(_PACKED))
+    one = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1}
+    return one | {"max_lora_rank": room, "lora_target_modules": targets}
 
 
 def lora_request(folder: Path | None = None) -> LoRARequest:

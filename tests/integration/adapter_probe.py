@@ -13,22 +13,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from align.adapters import AdapterConfig
 from tests.integration.engine_probe import Weights, agreement, damaged_bytes, in_flight, prefix_cache, prompts
 
-RANK = 3
+CONFIG = AdapterConfig(rank=3, alpha=4.0, rslora=True, publish="adapter")
 
 
 class AdapterWeights(Weights):
     """The learner's side: the adapter is changed and exported, and the model has it."""
 
     def __init__(self, model_dir: Path) -> None:
-        from align.adapters import Adapter, AdapterConfig
+        from align.adapters import Adapter
 
         super().__init__(model_dir)
-        cfg = AdapterConfig(rank=RANK, alpha=4.0, rslora=True, publish="adapter")
-        self.policy.adapter = Adapter(self.policy.model, cfg)
+        self.policy.adapter = Adapter(self.policy.model, CONFIG)
 
     def export(self, version: int) -> Any:
         from cluster.weights import export_weights
@@ -54,6 +55,7 @@ async def probe(model_dir: Path) -> dict[str, Any]:
         found |= await damaged_bytes(engine, weights)
         found |= await in_flight(engine, weights)
         found |= await agreement(engine, weights)
+        found |= await together(engine, weights)
         found |= await prefix_cache(engine, weights)
         found |= await other_scale(engine, weights)
         found |= await other_places(engine, weights)
@@ -66,11 +68,20 @@ def new_engine(model_dir: Path) -> Any:
     from cluster.engine import Engine, EngineSettings
 
     room = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_bytes": 64 << 20}
-    return Engine(EngineSettings(model_dir, "float32", seed=7, adapter_rank=RANK, **room))
+    return Engine(EngineSettings(model_dir, "float32", seed=7, adapter=CONFIG, **room))
 
 
 def model_bytes(weights: Weights) -> int:
     return sum(weight.nbytes for _, weight in weights.policy.named_weights())
+
+
+async def together(engine: Any, weights: Weights) -> dict[str, Any]:
+    """Prompts of several lengths scored at once, as for the canary."""
+    sequences = [sequence[:length] for sequence, length in zip(prompts(4, 40, seed=5), (40, 7, 23, 31), strict=True)]
+    scored = await asyncio.gather(*(engine.score(sequence) for sequence in sequences))
+    pairs = zip(scored, sequences, strict=True)
+    gaps = [np.abs(weights.logprobs(sequence) - found).max() for found, sequence in pairs]
+    return {"together_max": float(max(gaps))}
 
 
 async def other_scale(engine: Any, weights: Weights) -> dict[str, Any]:
