@@ -53,7 +53,7 @@ def _learner(cfg: RunConfig, model: ModelShape) -> Role:
     learner, bytes_each = cfg.learner, _BYTES[cfg.learner_dtype]
     tokens, num_ranks = learner.max_tokens_per_micro_batch, learner.num_ranks
     states = (4 * model.num_parameters + 12 * model.num_trained) // num_ranks
-    adapter = 4 * model.num_adapter_parameters
+    adapter = 4 * model.num_adapter_parameters // num_ranks
     of_layers = _ACTIVATION_BYTES * model.num_layers
     held = _ACTIVATION_BYTES + 2 * model.num_layers if learner.activation_checkpointing else of_layers
     activations = held * bytes_each // 2 * tokens * model.hidden_size
@@ -145,7 +145,8 @@ class Arithmetic:
         """From the run file and the policy's shape."""
         trajectories = cfg.run.prompts_per_step * cfg.run.group_size
         per_row = cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len
-        publish = _BYTES[cfg.engine_dtype] * model.num_parameters
+        published = model.num_trained if cfg.policy.engine_adapter else model.num_parameters
+        publish = _BYTES[cfg.engine_dtype] * published
         checkpoint = 4 * model.num_parameters + 8 * model.num_trained + 4 * model.num_adapter_parameters
         return cls(
             groups_in_flight=(cfg.run.max_staleness + 1) * cfg.run.prompts_per_step,

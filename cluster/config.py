@@ -63,6 +63,11 @@ class PolicySection(ModelSection):
         None, description="Trained instead of the weights; left out: all weights are."
     )
 
+    @property
+    def engine_adapter(self) -> AdapterConfig | None:
+        """The adapter that engines have as such; None where they have one set of weights."""
+        return self.adapter if self.adapter and self.adapter.publish == "adapter" else None
+
 
 class ReferenceSection(ModelSection):
     """The reference: its folder, and whether it follows the policy."""
@@ -195,6 +200,14 @@ class RunConfig(Section):
             "weights.transport = 'ipc' is for one engine on the learner's GPU: rollout.num_actors = 1 and num_gpus = 1"
             if self.weights.transport == "ipc" and (rollout.num_actors, rollout.num_gpus) != (1, 1)
             else None,
+            f"policy.adapter.publish = 'adapter' needs weights.transport = 'object_store' (not {self.weights.transport!r}): vLLM "
+            "takes adapters from files"
+            if self.policy.engine_adapter and self.weights.transport in ("nccl", "ipc")
+            else None,
+            "policy.adapter.publish = 'adapter' needs rollout.num_gpus of at most 1: what each of several GPUs holds of it "
+            "is not compared with what was published; 'merged' is"
+            if self.policy.engine_adapter and rollout.num_gpus > 1
+            else None,
             *self._problems_of_sampling(),
             *self._problems_of_ranks(),
         ]
@@ -232,10 +245,6 @@ class RunConfig(Section):
         if learner.num_ranks == 1:
             return []
         return [
-            "[policy.adapter] needs learner.num_ranks = 1: the shards of a matrix and of its update lie on different ranks, and "
-            "what is published is their product"
-            if self.policy.adapter is not None
-            else None,
             f"learner.num_ranks ({learner.num_ranks}) is above the {num_trajectories} trajectories of a step "
             "(run.prompts_per_step * run.group_size): some ranks would have nothing to train on"
             if learner.num_ranks > num_trajectories
@@ -285,7 +294,8 @@ class RunConfig(Section):
         """How weights travel."""
         if self.weights.transport != "auto":
             return self.weights.transport
-        return "nccl" if self.learner.num_gpus and self.rollout.num_gpus else "object_store"
+        on_gpus = self.learner.num_gpus and self.rollout.num_gpus
+        return "nccl" if on_gpus and not self.policy.engine_adapter else "object_store"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -145,6 +145,8 @@ class LearnerActor:
         )
         if place is None:
             self.learner = self._new_learner()
+        as_adapter = adapter is not None and adapter.publish == "adapter"
+        self._published = self.policy.named_factors if as_adapter else self.policy.named_weights
         self.wire = WireWeights(self.policy.named_weights, wire_dtype, self.policy.named_shapes)
         self.wire_dtype = wire_dtype
         self.sender: Sender | None = None
@@ -202,9 +204,9 @@ class LearnerActor:
             batch.save(path)
 
     def export(self) -> tuple[ExportedWeights, tuple[int, int]]:
-        """The current weights in the type that the engines take, with their fingerprint; and their (bytes, version)."""
+        """The current weights, or the adapter alone where engines have it as such; and their (bytes, version)."""
         with self._leading():
-            weights = export_weights(self.policy.named_weights(), self.learner.version, self.wire_dtype)
+            weights = export_weights(self._published(), self.learner.version, self.wire_dtype)
         return weights, (weights.num_bytes, weights.version)
 
     @contextlib.contextmanager
@@ -303,7 +305,7 @@ class LearnerActor:
         """Write the policy as a Hugging Face folder, merged; on request also its adapter, if it has one, beside it."""
         self.policy.save(directory)
         if self.policy.adapter is not None and with_adapter:
-            self.policy.adapter.save(_adapter_beside(directory))
+            self.policy.adapter.save(_adapter_beside(directory), write=self.policy.ranks.first)
 
     def fingerprint(self) -> str:
         """Of the weights in float32. Raises TrainingDiverged if one is not finite."""

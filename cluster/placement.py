@@ -333,9 +333,8 @@ def _create_rollout(cfg: RunConfig, rank: int) -> Any:
         # Training and an evaluation at once, with room for loads: a call beyond this number would wait for a group.
         "max_concurrency": 2 * max_groups_per_actor(cfg) + 16,
     }
-    settings = engine_settings(
-        cfg.policy.model.resolve(), cfg.rollout, cfg.engine_dtype, cfg.run.seed + rank, cfg.transport
-    )
+    model, seed, adapter = cfg.policy.model.resolve(), cfg.run.seed + rank, cfg.policy.engine_adapter
+    settings = engine_settings(model, cfg.rollout, cfg.engine_dtype, seed, cfg.transport, adapter)
     return ray.remote(RolloutActor).options(**options).remote(rank, settings, cfg.sampling)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from align.adapters import AdapterConfig
 from align.types import FinishReason, Group, Ticket, Trajectory
 from cluster.faults import ActorLost
 from cluster.weights import ExportedWeights
@@ -185,7 +186,9 @@ def summarize(group: Group) -> GroupSummary:
     )
 
 
-def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str) -> dict[str, Any]:
+def engine_settings(
+    model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str, adapter: AdapterConfig | None
+) -> dict[str, Any]:
     """Keyword arguments of `cluster.engine.EngineSettings`."""
     return {
         "model": model,
@@ -198,4 +201,5 @@ def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, tran
         "on_gpu": cfg.num_gpus > 0,
         "tensor_parallel_size": max(cfg.num_gpus, 1),
         "gpu_memory_utilization": cfg.gpu_memory_utilization,
+        "adapter": adapter,
     }

@@ -53,7 +53,10 @@ def _announce(cfg: RunConfig, inputs: Inputs, folder: RunFolder, console: Consol
     console.say(f"run folder   {folder.path}" + (" (resumed)" if folder.resumed else ""))
     console.say(f"policy       {cfg.policy.model}")
     if adapter := cfg.policy.adapter:
-        console.say(f"adapter      {adapter.kind} of rank {adapter.rank}, scale {adapter.scale:g}; published merged")
+        published = "merged" if adapter.publish == "merged" else "as an adapter"
+        console.say(
+            f"adapter      {adapter.kind} of rank {adapter.rank}, scale {adapter.scale:g}; published {published}"
+        )
     console.say(f"reference    {cfg.reference.model if cfg.reference else 'none: nothing asks one'}")
     left_out = f" ({inputs.num_left_out} more are among the held-out ones)" if inputs.num_left_out else ""
     console.say(f"prompts      {len(inputs.train)} to train on{left_out}, {len(inputs.heldout)} held out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,11 @@ def test_with_an_adapter_the_weights_are_there_once_and_gradient_and_moments_are
     assert plain - adapted == 12 * 1000 - 16 * 30
     assert Arithmetic.of(cfg, shape).checkpoint_bytes == 4 * 1000 + 12 * 30
     assert Arithmetic.of(cfg, shape).publish_bytes == Arithmetic.of(cfg, SHAPE).publish_bytes == 4 * 1000
+    ranks = config(**CPU, learner={"max_tokens_per_micro_batch": 10, "num_ranks": 2, "num_gpus": 1})
+    plain, adapted = (roles(ranks, one, SHAPE)[1].gpu_bytes for one in (SHAPE, shape))
+    assert plain - adapted == (12 * 1000 - 16 * 30) // 2
+    as_adapter = config(**CPU, policy={"model": Path("m"), "adapter": {"publish": "adapter"}})
+    assert Arithmetic.of(as_adapter, shape).publish_bytes == 4 * 30
 
 
 def test_with_checkpointing_a_layer_keeps_its_input_alone_and_one_layer_is_computed_again() -> None:

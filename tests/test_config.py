@@ -405,7 +405,7 @@ def test_all_roles_compute_in_the_type_of_the_engine() -> None:
     [({}, 256 << 20), ({"num_gpus": 1}, None), ({"kv_cache_bytes": 1 << 30, "num_gpus": 1}, 1 << 30)],
 )
 def test_an_engine_on_a_gpu_sizes_its_own_cache_unless_told(rollout: dict[str, int], expected: int | None) -> None:
-    settings = engine_settings(Path("m"), config(rollout=rollout).rollout, "bfloat16", 0, "object_store")
+    settings = engine_settings(Path("m"), config(rollout=rollout).rollout, "bfloat16", 0, "object_store", None)
     assert settings["kv_cache_bytes"] == expected
 
 
