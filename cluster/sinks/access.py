@@ -53,3 +53,11 @@ def _reachable(url: str, timeout_s: float = 3.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def site_url() -> str:
+    """Where people look at what is uploaded to the configured server."""
+    import wandb
+    from wandb.util import app_url
+
+    return str(app_url(wandb.setup().settings.base_url))

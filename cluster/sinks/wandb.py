@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.metrics import GLOSSARY
+from cluster.wandb_link import claim_run_id
 
 
 class WandbConfig(BaseModel):
@@ -58,11 +58,8 @@ class WandbSink:
         settings = wandb.Settings(
             silent=True, console="off", x_disable_stats=True, x_transaction_log_flush_interval=_FLUSH_S, save_code=False
         )
-        identity = self._run_dir / "wandb_id"  # one run of the server for all processes of a run
-        if not identity.is_file():
-            identity.write_text(secrets.token_hex(4))
         self.run = wandb.init(
-            id=identity.read_text(),
+            id=claim_run_id(self._run_dir),  # one run of the server for all processes of a run
             resume="allow",
             mode="offline",
             dir=self._run_dir,
