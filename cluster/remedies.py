@@ -131,7 +131,7 @@ def _one_machine(needed: Sequence[Role]) -> str:
 
 def _there(machines: Sequence[Node], where: str) -> str:
     if not machines:
-        return f"there are no machines with CPUs or GPUs {where}".rstrip()
+        return f"there are no machines with CPUs {where}".rstrip()
     largest = machine(_largest(machines))
     if len(machines) == 1:
         return f"the only machine {where} has {largest}".replace("  ", " ")
