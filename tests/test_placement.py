@@ -139,6 +139,45 @@ def test_a_cluster_is_joined_only_where_ray_address_names_one(
     assert cluster_address() == expected
 
 
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float] | None], Any]:
+    """A cluster of two machines with two CPUs each, a third that has left, and what an autoscaler may make of it."""
+
+    def join(most: dict[str, float] | None) -> Any:
+        def node(cpus: float, alive: bool = True) -> dict[str, Any]:
+            return {"Alive": alive, "Resources": {"CPU": cpus, "memory": 1e9}}
+
+        state = SimpleNamespace(state=SimpleNamespace(get_max_resources_from_cluster_config=lambda: most))
+        fake = SimpleNamespace(
+            nodes=lambda: [node(2), node(2), node(8, alive=False), {"Alive": True, "Resources": {"memory": 1e9}}],
+            cluster_resources=lambda: {"CPU": 4.0},
+            _private=SimpleNamespace(state=state),
+        )
+        monkeypatch.setattr(placement, "ray", fake)
+        monkeypatch.setattr(placement, "_init", lambda what, **options: "joined")
+        return lambda cfg: placement._join(cfg, "10.0.0.7:6379")
+
+    return join
+
+
+def test_a_run_joins_a_cluster_that_it_fits(joined: Any) -> None:
+    assert joined(None)(config(rollout={"num_actors": 3})) == "joined"
+
+
+def test_a_run_that_fits_no_machine_of_the_cluster_is_refused_though_the_sum_would_do(joined: Any) -> None:
+    with pytest.raises(
+        ResourceError, match=r"no room for 1 of rollout \(3 CPUs\); the largest of the 2 machines"
+    ) as caught:
+        joined(None)(config(rollout={"num_cpus": 3}))
+    assert "--set learner.num_cpus=0.5 --set rollout.num_cpus=0.5" in caught.value.advice
+
+
+def test_a_cluster_that_grows_is_refused_only_beyond_what_it_may_grow_to(joined: Any) -> None:
+    assert joined({"CPU": 64})(config(rollout={"num_actors": 60})) == "joined"
+    with pytest.raises(ResourceError, match=r"the run needs 66 CPUs, the cluster at .* has 64"):
+        joined({"CPU": 64})(config(rollout={"num_actors": 65}))
+
+
 @pytest.mark.parametrize(
     ("address", "expected"),
     [("10.0.0.7:6379", "could not join the cluster at 10.0.0.7:6379: "), ("", "could not start Ray on this machine: ")],

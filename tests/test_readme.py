@@ -78,6 +78,15 @@ def test_the_table_of_the_variance_is_the_committed_one() -> None:
     assert section("variance") == variance_table()
 
 
+def test_the_console_of_the_jobs_is_the_committed_one() -> None:
+    captured = (RESULTS / "jobs_console.txt").read_text(encoding="utf-8")
+    assert section("jobs") == f"\n```\n{captured}```\n"
+    commands = re.findall(r"^\$ align (jobs \w+|\w+)", captured, re.M)
+    assert commands == ["submit", "submit", "jobs stop", "jobs logs", "submit", "jobs list"]
+    assert re.findall(r"^# exit code (\d+)", captured, re.M) == ["3", "0", "0", "130", "0", "0"]
+    assert "resuming     after step" in captured
+
+
 def test_the_glossary_is_that_of_the_code() -> None:
     assert section("glossary") == glossary_table()
 
