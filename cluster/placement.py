@@ -134,13 +134,18 @@ def _interrupts_held() -> Iterator[None]:
 
 def _join(cfg: RunConfig, address: str) -> Any:
     context = _init(f"join the cluster at {address}", address=address)
+    check_cluster(cfg, address)
+    return context
+
+
+def check_cluster(cfg: RunConfig, address: str) -> None:
+    """Raise ResourceError if the cluster that was joined can never hold the run."""
     where = f"the cluster at {address}"
     if most := _grows_to():
         Demand.of(cfg).check(*within_reach(ray.cluster_resources(), most), where)
     else:
         machines = nodes(machine["Resources"] for machine in ray.nodes() if machine["Alive"])
         check_fit(cfg, places, machines, f"of {where}")
-    return context
 
 
 def _grows_to() -> Mapping[str, float]:

@@ -97,6 +97,7 @@ def test_the_exit_code_of_the_run_is_that_of_the_command(head: Head) -> None:
     assert "starting     Ray" not in console
 
 
+@pytest.mark.long
 def test_a_busy_cluster_is_named_and_a_job_whose_driver_has_no_place_can_be_stopped(head: Head, tmp_path: Path) -> None:
     """Somebody else's actor holds a CPU; then the driver asks for both."""
     client = jobs_client(head)
