@@ -18,6 +18,23 @@ def nodes(resources: Iterable[Mapping[str, float]]) -> list[Node]:
     ]
 
 
+def with_memory(resources: Mapping[str, Mapping[str, float]], summary: Any) -> list[Node]:
+    """The same with the memory that the dashboard has seen of each, by the ids of the nodes; infinite where it has not.
+
+    Args:
+        resources: What Ray places by, of the nodes that are alive.
+        summary: The dashboard's answer to `/nodes?view=summary`.
+    """
+    seen = {entry.get("raylet", {}).get("nodeId"): entry for entry in summary["data"]["summary"]}
+    found = []
+    for name, amounts in resources.items():
+        host = seen.get(name, {}).get("mem") or [math.inf]
+        gpus = [gpu["memoryTotal"] / 2**10 for gpu in seen.get(name, {}).get("gpus") or () if gpu.get("memoryTotal")]
+        memory = {"memory_gib": round(host[0] / 2**30, 1), "gpu_memory_gib": round(min(gpus, default=math.inf), 1)}
+        found += [machine.model_copy(update=memory) for machine in nodes([amounts])]
+    return found
+
+
 def is_fixed(status: Any) -> bool:
     """Whether nothing can grow the cluster, by the dashboard's answer to `/api/cluster_status`.
 

@@ -34,7 +34,7 @@ def check_fit(cfg: RunConfig, bill: Bill, machines: Sequence[Node], where: str =
     needed = bill(cfg)
     if not (missing := unplaced(needed, machines)):
         return
-    what = "; ".join(f"{role.count} of {need(role)}" for role in missing)
+    what = "; ".join(f"{role.count} of {need(role)}" for role in missing if role.cpus or role.gpus or role.host_bytes)
     settings = islice(settings_that_fit(cfg, lambda other: not unplaced(bill(other), machines)), 2)
     larger = _more_machines(needed, machines) if can_join and machines else None
     first, *others = [*settings, None]
@@ -131,7 +131,7 @@ def _one_machine(needed: Sequence[Role]) -> str:
 
 def _there(machines: Sequence[Node], where: str) -> str:
     if not machines:
-        return f"there are no machines with CPUs {where}".rstrip()
+        return f"no machine {where} has CPUs".replace("  ", " ")
     largest = machine(_largest(machines))
     if len(machines) == 1:
         return f"the only machine {where} has {largest}".replace("  ", " ")

@@ -9,15 +9,16 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.bill import Role, places
+from cluster.bill import Role, places, roles
 from cluster.config import RunConfig
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
-from cluster.machines import is_fixed, nodes
-from cluster.remedies import check_fit
+from cluster.machines import is_fixed, nodes, with_memory
+from cluster.remedies import Bill, check_fit
+from cluster.shape import model_shape
 from cluster.upload import RUN_FILE, stage
 from cluster.wandb_link import known_run_id
 
@@ -96,7 +97,7 @@ class Jobs:
             )
 
     def check_room(self, cfg: RunConfig, driver: Mapping[str, float]) -> str:
-        """Whether the run can ever fit, by CPUs and GPUs, before anything is uploaded.
+        """Whether the run can ever fit, by CPUs and GPUs, before anything is uploaded; and by memory, as far as it is known.
 
         Args:
             cfg: The run.
@@ -109,15 +110,21 @@ class Jobs:
             ResourceError: If it never can, with what is missing and changes that would fit.
         """
         found = self._get("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
-        there = [node["resources_total"] for node in found if node["state"] == "ALIVE"]
+        there = {node["node_id"]: node["resources_total"] for node in found if node["state"] == "ALIVE"}
+        where = f"of the cluster at {self.address}"
         needed = Role("driver", 1, driver.get("CPU", 0), driver.get("GPU", 0), 0, 0, "")
         try:
-            _check_named(driver, there)
-            check_fit(cfg, lambda other: [needed, *places(other)], nodes(there), f"of the cluster at {self.address}")
+            _check_named(driver, there.values())
+            check_fit(cfg, lambda other: [needed, *places(other)], nodes(there.values()), where)
         except ResourceError as error:
             if is_fixed(self._get("/api/cluster_status")):
                 raise
             return f"{error.message}; the cluster may grow, so the job goes there and finds out"
+        try:
+            if bill := _bill_with_memory(cfg):
+                check_fit(cfg, bill, with_memory(there, self._get("/nodes?view=summary")), where)
+        except ResourceError as error:  # an estimate, by which nothing is refused
+            return f"by the bill of align plan memory is short: {error.message}\n             -> {error.advice}"
         return ""
 
     def submit(self, cfg: RunConfig, job_id: str | None = None, driver: Mapping[str, float] | None = None) -> str:
@@ -285,7 +292,17 @@ def read_resources(settings: list[str]) -> dict[str, float]:
         ) from None
 
 
-def _check_named(wanted: Mapping[str, float], there: list[dict[str, float]]) -> None:
+def _bill_with_memory(cfg: RunConfig) -> Bill | None:
+    """What the run needs, memory too; None if its models are not seen from here."""
+    folders = [section.model for section in (cfg.policy, cfg.reference) if section]
+    if not all((folder / "config.json").is_file() for folder in folders):
+        return None
+    policy = model_shape(cfg.policy.model, cfg.policy.adapter)
+    reference = model_shape(cfg.reference.model) if cfg.reference else None
+    return lambda other: roles(other, policy, reference)
+
+
+def _check_named(wanted: Mapping[str, float], there: Iterable[Mapping[str, float]]) -> None:
     """Raise ResourceError if no machine offers a resource that has a name of its own."""
     for name, amount in wanted.items():
         if name not in ("CPU", "GPU") and not any(machine.get(name, 0) >= amount for machine in there):

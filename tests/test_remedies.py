@@ -95,7 +95,9 @@ def test_a_machine_alone_can_only_be_exchanged() -> None:
 
 def test_a_cluster_without_machines_is_told_what_it_needs() -> None:
     error = refusal([], {}, where="in the cluster")
-    assert error.message.endswith("there are no machines with CPUs in the cluster")
+    assert (
+        error.message == "no room for 1 of learner (1 CPUs); 1 of rollout (1 CPUs); no machine in the cluster has CPUs"
+    )
     assert error.advice == "would fit: one machine with 2 CPUs, no GPUs"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 from cluster import submit
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
 from cluster.follow import advice, follow
+from cluster.machines import with_memory
 from cluster.submit import Jobs, read_resources, within
 from tests.run_files import config
+from tests.test_plan import folder
 
 GONE = RuntimeError("Request failed with status code 404: Job demo does not exist.")
 AWAY = ConnectionError("nobody answers")
@@ -311,7 +315,8 @@ GROWING: dict[str, Any] = {
 
 
 def pages(status: Any, *resources: dict[str, float]) -> dict[str, Any]:
-    found = [{"node_id": NODE, "state": "ALIVE", "resources_total": amounts} for amounts in resources]
+    names = (NODE, *"bcdefgh")
+    found = [{"node_id": n, "state": "ALIVE", "resources_total": r} for n, r in zip(names, resources, strict=False)]
     found.append({"node_id": "gone", "state": "DEAD", "resources_total": {"CPU": 99.0, "GPU": 99.0}})
     return {"/api/v0/nodes?limit=10000": {"data": {"result": {"result": found}}}, "/api/cluster_status": status}
 
@@ -344,3 +349,23 @@ def test_the_driver_needs_room_too() -> None:
 def test_a_cluster_that_may_grow_is_not_refused_but_told_of(status: Any) -> None:
     jobs = jobs_of(FakeClient(pages=pages(status, {"CPU": 1.0})))
     assert "the cluster may grow" in jobs.check_room(config(), {})
+
+
+def test_memory_that_is_short_by_the_bill_is_told_and_nothing_is_refused(tmp_path: Path) -> None:
+    """Three layers of a small model take hundreds of MiB with their processes; the machine has one."""
+    model = folder(tmp_path)
+    cfg = config(policy={"model": model}, reference={"model": model})
+    found = pages(FIXED, {"CPU": 2.0})
+    seen = {"raylet": {"nodeId": NODE}, "mem": [2**20, 0, 0, 0], "gpus": []}
+    found["/nodes?view=summary"] = {"data": {"summary": [seen]}}
+    assert "memory is short: no room for 1 of" in jobs_of(FakeClient(pages=found)).check_room(cfg, {})
+    seen["mem"] = [2**40, 0, 0, 0]
+    assert jobs_of(FakeClient(pages=found)).check_room(cfg, {}) == ""
+
+
+def test_the_memory_of_machines_is_that_which_the_dashboard_has_seen() -> None:
+    gpus = [{"memoryTotal": 81_559}, {"memoryTotal": 81_920}]
+    summary = {"data": {"summary": [{"raylet": {"nodeId": "a"}, "mem": [2**36, 0], "gpus": gpus}, {"raylet": {}}]}}
+    seen, unseen = with_memory({"a": {"CPU": 8.0, "GPU": 2.0}, "b": {"CPU": 4.0}, "head": {"memory": 1.0}}, summary)
+    assert (seen.cpus, seen.gpus, seen.memory_gib, seen.gpu_memory_gib) == (8, 2, 64, 79.6)
+    assert (unseen.cpus, unseen.memory_gib, unseen.gpu_memory_gib) == (4, math.inf, math.inf)
