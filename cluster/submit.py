@@ -250,7 +250,13 @@ class Jobs:
 
     def _get(self, path: str) -> Any:
         """What the dashboard says. Ray's client has no public way to ask it; this is the only use of a private one."""
-        return self.ask(lambda: self.client._do_request("GET", path)).json()
+
+        def call() -> Any:
+            answer = self.client._do_request("GET", path)
+            answer.raise_for_status()
+            return answer.json()
+
+        return self.ask(call)
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 from cluster import submit
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
@@ -76,7 +78,10 @@ class FakeClient:
 
     def _do_request(self, method: str, path: str) -> Any:
         assert method == "GET"
-        return SimpleNamespace(json=lambda: self.pages[path])
+        answer = requests.Response()
+        answer.status_code = 200 if path in self.pages else 503
+        answer._content = json.dumps(self.pages.get(path)).encode()
+        return answer
 
     @staticmethod
     def _next(script: list[Any]) -> Any:
@@ -219,6 +224,11 @@ def test_rays_client_still_has_the_private_way_to_ask_the_dashboard() -> None:
     from ray.job_submission import JobSubmissionClient
 
     assert callable(JobSubmissionClient._do_request)
+
+
+def test_a_dashboard_that_answers_with_an_error_is_away() -> None:
+    with pytest.raises(ClusterAway, match="503"):
+        jobs_of(FakeClient()).check_room(config(), {})
 
 
 # --- submitting ----------------------------------------------------------------------------------------------------

@@ -37,12 +37,13 @@ class Session:
     def __init__(self, head: Head, shared: Path) -> None:
         self.head, self.shared, self.text = head, shared, ""
 
-    def run(self, command: str) -> None:
-        """Run `align` and write it down."""
+    def run(self, command: str, expected: int = 0) -> None:
+        """Run `align` and write it down; it has to end with the expected exit code."""
         began = time.monotonic()
         arguments = command.replace("/shared", str(self.shared)).split()
         environment = self.head.environment | {"RAY_API_SERVER_ADDRESS": self.head.address}
         code, console = align(*arguments, environment=environment)
+        assert code == expected, f"align {command} ended with {code}:\n{console}"
         console = console.replace(str(self.shared), "/shared")
         for pattern, name in NAMES:
             console = re.sub(pattern, name, console)
@@ -57,11 +58,11 @@ def main() -> None:
         session = Session(head, shared)
         wait_until(lambda: align("jobs", "list", "--address", head.address, environment=head.environment)[0] == 0, "it")
         time.sleep(6)  # the monitor of a new cluster tells a while later whether it can grow
-        session.run(f"{RUN} --set rollout.num_actors=8")
+        session.run(f"{RUN} --set rollout.num_actors=8", expected=3)
         session.run(f"{RUN} --id demo-a")
         wait_until(lambda: last_step(shared / "runs" / "demo") >= 2, "step 2")
         session.run("jobs stop demo-a")
-        session.run("jobs logs demo-a --follow")
+        session.run("jobs logs demo-a --follow", expected=130)
         session.run(f"{RUN} --id demo-b --follow")
         session.run("jobs list")
     RESULT.write_text(session.text.rstrip() + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def test_a_run_waits_for_a_machine_to_join_spreads_over_all_and_survives_one_tha
     more = ("--set", "run.steps=60", "--set", f"run.dir={folder}")
     run = AlignProcess(*RUN, *more, environment=cluster.environment)
     wait_until(lambda: (folder / "environment.json").is_file(), "the start of the run")
+    time.sleep(5)  # into the wait for room, which is told after a second
+    assert all("LearnerActor" not in actors_of(raylet) for raylet in there)
     there.append(cluster.join())
     wait_until(lambda: last_step(folder) >= 2, "step 2")
     found = [actors_of(raylet) - {"ScorerActor"} for raylet in there]  # a scorer asks for no place of its own
