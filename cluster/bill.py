@@ -15,6 +15,7 @@ from cluster.shape import ModelShape
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2
+SHARED_GPU = 0.25  # what learner and engine each ask of Ray when they share a GPU; it limits nothing
 # What Python, torch, vLLM and Ray take before any model, resident, measured in the demo on CPUs (make demo, two cores).
 _PROCESS_BYTES = {"controller": 900 << 20, "learner": 500 << 20, "rollout": 1400 << 20, "scorer": 450 << 20}
 
@@ -44,9 +45,26 @@ def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> l
     learner, rollout = _learner(cfg, policy), _rollout(cfg, policy)
     if cfg.transport == "ipc":  # both on one GPU
         both = learner.gpu_bytes + rollout.gpu_bytes
-        learner, rollout = (replace(role, gpus=0.5, gpu_bytes=both) for role in (learner, rollout))
+        learner, rollout = (replace(role, gpus=SHARED_GPU, gpu_bytes=both) for role in (learner, rollout))
     found = [controller, learner, rollout, _scorer(cfg, reference)]
     return [replace(role, host_bytes=role.host_bytes + _PROCESS_BYTES[role.name]) for role in found]
+
+
+def places(cfg: RunConfig) -> list[Role]:
+    """What Ray is asked to set aside, which is CPUs and GPUs: it knows no memory, so none is counted here.
+
+    By default scorers set no CPU aside, since on one machine they compute while others wait. Learner and engine that share a
+    GPU ask for one place.
+    """
+    learner, rollout, scorer = cfg.learner, cfg.rollout, cfg.scorer
+    asked = [
+        ("learner", learner.num_ranks, learner.num_cpus, float(learner.num_gpus)),
+        ("rollout", rollout.num_actors, rollout.num_cpus, float(rollout.num_gpus)),
+    ]
+    if cfg.transport == "ipc":
+        asked = [("learner", 1, learner.num_cpus + rollout.num_cpus, 2 * SHARED_GPU)]
+    asked.append(("scorer", scorer.num_actors, scorer.num_cpus, scorer.num_gpus))
+    return [Role(name, count, cpus, gpus, 0, 0, "") for name, count, cpus, gpus in asked]
 
 
 def _learner(cfg: RunConfig, model: ModelShape) -> Role:

@@ -28,6 +28,7 @@ class RunState:
         filter: From `Filter.state`.
         reference_version: Policy version of the reference in `reference/`; 0 if it is the run's first one, which is not there.
         reference_fingerprint: Of its weights.
+        wandb_id: The W&B run that goes on after a resume.
     """
 
     version: int
@@ -38,6 +39,7 @@ class RunState:
     filter: Mapping[str, Any] = field(default_factory=dict)
     reference_version: int = 0
     reference_fingerprint: str = ""
+    wandb_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,19 +129,36 @@ def submit(
         bool, typer.Option("--follow", help="Print the log until the end; exit with the run's code.")
     ] = False,
     job_id: Annotated[str | None, typer.Option("--id", metavar="ID", help="The job's id; left out: a new one.")] = None,
+    driver_resources: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=AMOUNT",
+            help="What the driver asks for, so that it runs on a machine that has it and not on the head: CPU=1, or a "
+            "resource with a name of its own. May be repeated.",
+        ),
+    ] = [],  # noqa: B006
 ) -> None:
     """Start a run as a job of a Ray cluster. Submitted again with the same run.dir, it resumes.
 
     Only the run file, the code, the prompts and small models are uploaded. Secrets are not: put WANDB_API_KEY into the
     environment of the cluster's machines. The cluster's token is read from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    A run that can never fit is refused before anything is uploaded, with changes that would fit.
     """
     from cluster.config import load_config
-    from cluster.submit import Jobs
+    from cluster.submit import Jobs, read_resources
+    from cluster.upload import check_run_dir
+    from cluster.wandb_link import whereabouts
 
     cfg = load_config(file, overrides)
-    jobs = Jobs(address)
-    job = jobs.submit(cfg, job_id)
-    typer.echo(f"job          {job}\nrun folder   {cfg.run.dir}")
+    run_dir, driver = check_run_dir(cfg), read_resources(driver_resources)
+    jobs = Jobs.at(address)
+    if doubt := jobs.check_room(cfg, driver):
+        typer.echo(f"room         {doubt}")
+    job = jobs.submit(cfg, job_id, driver)
+    if_key = "" if cfg.wandb.mode == "online" else " (once the machines of the cluster have a key)"
+    online = cfg.wandb.mode in ("auto", "online")
+    link = whereabouts(cfg.wandb, run_dir, online=online, run_id=jobs.status(job).metadata["align_wandb_id"])
+    typer.echo(f"job          {job}\nrun folder   {run_dir}\nW&B          {link}{if_key if online else ''}")
     typer.echo(f"log          align jobs logs {job} --follow --address {address}")
     typer.echo(f"stop         align jobs stop {job} --address {address}")
     if follow:
@@ -158,7 +175,7 @@ def list_(address: Address = LOCAL_DASHBOARD) -> None:
     """The jobs that align submitted, oldest first."""
     from cluster.submit import Jobs
 
-    for job in Jobs(address).list():
+    for job in Jobs.at(address).list():
         typer.echo(f"{job.submission_id:<40} {job.status:<10} {job.metadata['align_run_dir']}")
 
 
@@ -171,7 +188,7 @@ def logs(
     """The log of a job."""
     from cluster.submit import Jobs
 
-    cluster_jobs = Jobs(address)
+    cluster_jobs = Jobs.at(address)
     if follow:
         raise typer.Exit(_follow(cluster_jobs, job))
     typer.echo(cluster_jobs.log(job), nl=False)
@@ -182,12 +199,16 @@ def stop(job: JobId, address: Address = LOCAL_DASHBOARD) -> None:
     """Let a job finish its step, save and end; it resumes when it is submitted again."""
     from cluster.submit import Jobs
 
-    typer.echo(f"{job} {Jobs(address).stop(job)}")
+    typer.echo(f"{job} {Jobs.at(address).stop(job)}")
 
 
 def _follow(cluster_jobs: Any, job: str) -> int:
+    from cluster.follow import follow
+
     try:
-        return int(cluster_jobs.follow(job, lambda text: typer.echo(text, nl=False)))
+        return follow(
+            cluster_jobs, job, lambda text: typer.echo(text, nl=False), lambda line: typer.echo(line, err=True)
+        )
     except KeyboardInterrupt:
         typer.echo(f"no longer followed; the job goes on: align jobs stop {job} ends it")
         return 0

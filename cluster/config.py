@@ -103,8 +103,9 @@ class CheckpointSection(Section):
 
 
 class DeadlinesSection(Section):
-    """Times for the learner's work; those of other roles are in their sections."""
+    """Times for the start and the learner's work; those of other roles are in their sections."""
 
+    room_s: float = Field(3600, ge=0, description="Time to wait for room on a cluster that others keep busy.")
     start_s: float = Field(300, gt=0, description="Time for the learner to load the policy.")
     update_s: float = Field(1800, gt=0, description="Time for one update or one part of an evaluation.")
     save_s: float = Field(600, gt=0, description="Time to export weights or write a checkpoint.")

@@ -44,6 +44,12 @@ class ResourceError(RunError):
     exit_code = 3
 
 
+class ClusterAway(ResourceError):
+    """A cluster that was there does not answer, and may again."""
+
+    code = "CLUSTER_AWAY"
+
+
 class RunFolderError(RunError):
     """The run folder already holds something else."""
 

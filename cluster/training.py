@@ -29,6 +29,7 @@ from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
 from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
 from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
+from cluster.wandb_link import known_run_id
 
 
 class Training:
@@ -203,6 +204,7 @@ class Training:
             filter=run.filter.state(),
             reference_version=reference.version if reference else 0,
             reference_fingerprint=reference.fingerprint if reference else "",
+            wandb_id=known_run_id(self.folder.path) or "",
         )
 
         async def write(directory: Path) -> None:
