@@ -107,7 +107,6 @@ def test_the_table_of_the_variance_is_the_committed_one() -> None:
     assert section("variance") == variance_table()
 
 
-<<<<<<< HEAD
 def test_the_table_of_the_head_is_the_committed_one_and_meets_the_goals() -> None:
     assert section("head") == head_table()
     small, large = result("head"), result("head_1024")
@@ -123,7 +122,8 @@ def test_the_table_of_staleness_is_the_committed_one_and_meets_the_goals() -> No
     assert {row["seed"] for row in report["rows"]} == {1, 2, 3, 4, 5}
     assert report["relative_to_on_policy"]["corrected"] >= 0.99 > report["relative_to_on_policy"]["uncorrected"]
     assert report["after_mean"]["uncorrected"] > 1.5 * report["after_mean"]["corrected"]
-=======
+
+
 def test_the_console_of_the_jobs_is_the_committed_one() -> None:
     captured = (RESULTS / "jobs_console.txt").read_text(encoding="utf-8")
     assert section("jobs") == f"\n```\n{captured}```\n"
@@ -131,7 +131,6 @@ def test_the_console_of_the_jobs_is_the_committed_one() -> None:
     assert commands == ["submit", "submit", "jobs stop", "jobs logs", "submit", "jobs list"]
     assert re.findall(r"^# exit code (\d+)", captured, re.M) == ["3", "0", "0", "130", "0", "0"]
     assert "resuming     after step" in captured
->>>>>>> jobs
 
 
 def test_the_glossary_is_that_of_the_code() -> None:
