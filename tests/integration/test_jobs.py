@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +123,50 @@ def test_a_busy_cluster_is_named_and_a_job_whose_driver_has_no_place_can_be_stop
         assert client.get_job_info("pending").status.is_terminal()
     finally:
         client.stop_job(holder)
+
+
+@pytest.mark.long
+def test_rays_own_command_submits_a_run_too(head: Head, tmp_path: Path) -> None:
+    """As deploy/README.md writes it: the models are where the cluster has them, the run file comes with the folder."""
+    models = Path("models/tiny").resolve()
+    paths = {
+        "run.dir": tmp_path / "run",
+        "policy.model": models / "policy",
+        "reference.model": models / "reference",
+        "prompts.files": f'["{models}/prompts/train.jsonl"]',
+        "evaluation.heldout": f'{{files = ["{models}/prompts/heldout.jsonl"]}}',
+    }
+    settings = [part for key, value in paths.items() for part in ("--set", f"{key}={value}")]
+    (tmp_path / "work").mkdir()
+    shutil.copy(DEMO, tmp_path / "work" / "demo.toml")
+    done = subprocess.run(
+        [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            head.address,
+            "--working-dir",
+            tmp_path / "work",
+            "--runtime-env-json",
+            '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}',
+            "--",
+            "align",
+            "train",
+            "demo.toml",
+            *SMALL,
+            "--set",
+            "run.steps=2",
+            *settings,
+        ],
+        env=os.environ | head.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished after 2 steps" in done.stdout
+    assert summary(tmp_path / "run")["status"] == "finished"
 
 
 def test_an_image_without_a_package_is_recognised_by_the_end_of_the_log(head: Head) -> None:
