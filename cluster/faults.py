@@ -58,6 +58,13 @@ class TrackingError(RunError):
     exit_code = 2
 
 
+class WrongEntity(RunError):
+    """The W&B key may not write for the entity that is configured."""
+
+    code = "WANDB_ENTITY"
+    exit_code = 2
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written."""
 
