@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -98,6 +99,8 @@ class WandbSink:
         import psutil
         import wandb
 
+        # W&B stages tables in the user's home, which need not outlive a job; the record is to be complete where it lies.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._run_dir / "wandb" / "data"))
         settings = wandb.Settings(
             silent=True, console="off", x_disable_stats=True, x_transaction_log_flush_interval=_FLUSH_S, save_code=False
         )
@@ -197,10 +200,16 @@ def _start_upload(directory: Path, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         # In a session of its own, since a Ctrl-C in the terminal is not for it.
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=os.environ | {"WANDB_SILENT": "false"},  # so that it says why it ends
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
 def _why_upload_ended(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"the upload to W&B ended ({lines[-1] if lines else 'without a word'})"
+    texts = (line.removeprefix("wandb:").strip().removeprefix("ERROR").strip() for line in log.open(errors="replace"))
+    said = [text for text in texts if text]
+    return f"the upload to W&B ended ({said[-1] if said else 'without a word'})"
