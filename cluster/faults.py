@@ -65,6 +65,13 @@ class WrongEntity(RunError):
     exit_code = 2
 
 
+class DashboardError(RunError):
+    """W&B cannot be reached, or does not take the dashboard."""
+
+    code = "DASHBOARD"
+    exit_code = 2
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written."""
 

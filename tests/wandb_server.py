@@ -60,12 +60,14 @@ class FakeWandb:
         run, project = variables.get("name") or "run", {"id": "p", "name": "align", "entity": {"id": "e", "name": "me"}}
         bucket = {"id": "b", "name": run, "displayName": run, "config": "{}", "historyLineCount": 0, "project": project}
         view = {"id": "v1", "name": "nw1", "type": "project-view", "displayName": variables.get("displayName")}
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
         answers: dict[str, dict[str, Any]] = {
             "ServerFeaturesQuery": {"serverInfo": {"features": []}},
             "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
             "UpsertView2": {"upsertView": {"view": view | {"spec": variables.get("spec")}, "inserted": True}},
             "upsertView": {"upsertView": {"view": view | {"spec": variables.get("spec")}, "inserted": True}},
             "ProjectInternalId": {"project": {"internalId": "UHJvamVjdEludGVybmFsSWQ6MQ=="}},
+            "GetProjects": {"models": {"edges": [], "pageInfo": page}},
             "CreateRunFiles": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}},
             "NotifyScriptableRunAlert": {"notifyScriptableRunAlert": {"success": True}},
         }
