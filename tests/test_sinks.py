@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from align.metrics import GLOSSARY
+from cluster.alerts import Alert
 from cluster.charts import AXES, axis_of
 from cluster.sinks import Console, JsonLines, Sinks, WandbConfig
 from cluster.summary import read_rows
@@ -232,6 +233,22 @@ def test_a_sink_that_fails_is_left_out_and_named_once_while_the_others_go_on() -
     assert [step for step, _ in good.rows] == [1, 2, 3]
     assert [step for step, _ in failing.rows] == [1]
     assert warnings == ["FailingSink failed and is left out from now on: No space left on device"]
+
+
+def test_an_alert_reaches_the_sinks_that_take_alerts_the_disk_and_the_console(tmp_path: Path) -> None:
+    screen, file = console()
+    disk = JsonLines(tmp_path / "metrics.jsonl")
+    sinks = Sinks([screen, disk, ListSink()], pytest.fail, time.monotonic())
+    sinks.alert(Alert("stall", "warn", 3, "stalled", "no step for 600 s"))
+    sinks.alert(Alert("failure", "error", 3, "failed: RUN", "[RUN] gone"))
+    sinks.close()
+    assert file.getvalue() == "warning: stalled: no step for 600 s\n", "the error is the last line of the run anyway"
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(row["event"], row["cause"], row["level"], row["step"], row["title"], row["text"]) for row in rows] == [
+        ("alert", "stall", "warn", 3, "stalled", "no step for 600 s"),
+        ("alert", "failure", "error", 3, "failed: RUN", "[RUN] gone"),
+    ]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_sink_that_does_not_close_is_named_and_the_others_are_closed() -> None:
