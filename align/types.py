@@ -176,12 +176,14 @@ class TokenRewards:
         ref_logprobs: [T] log-probability under the reference, or None if no reference was asked; 0 outside `loss_mask`.
         ref_top: What the reference ranks highest, or None if that was not asked.
         step_ends: [T] bool, the last token of each step that a process reward judged; None if every sampled token is a step.
+        parts: Sum of the weighted token rewards of each part of a composite reward, by its kind; empty for others.
     """
 
     rewards: FloatArray
     ref_logprobs: FloatArray | None = None
     ref_top: TopTokens | None = None
     step_ends: BoolArray | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,6 +276,31 @@ def inspect(
     Console().print(view(run, step, ticket, repeat, prompt, ending, limit))
 
 
+@app.command(epilog="Example: align dashboard --entity my-team --project align --report")
+def dashboard(
+    entity: Annotated[str | None, typer.Option(help="Team or user; left out: the key's own.")] = None,
+    project: Annotated[str, typer.Option(help="Project, as wandb.project of the runs.")] = "align",
+    report: Annotated[bool, typer.Option("--report", help="Save a report that explains every metric, too.")] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the workspace as it would be sent, and ask no server."),
+    ] = None,
+) -> None:
+    """Save a W&B workspace with a panel for every metric, by section. Needs the extra `dashboard`."""
+    from cluster.dashboard import as_json, build_workspace, save
+
+    if file is None:
+        for address in save(entity, project, report):
+            typer.echo(address)
+        return
+    if report:
+        raise ConfigError(
+            "a report needs the server's name for the project, a file has the workspace alone", "leave one out"
+        )
+    file.write_text(as_json(build_workspace(entity or "", project)), encoding="utf-8")
+    typer.echo(f"{file} is written")
+
+
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]
 
 

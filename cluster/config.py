@@ -21,6 +21,7 @@ from align.prompts import PromptConfig
 from align.rewards.kinds import RewardSection, kinds_in, reads_reference
 from align.rewards.overlong import OverlongConfig
 from align.rewards.reference import ReferenceRewardConfig
+from cluster.alerts import AlertConfig
 from cluster.faults import ConfigError
 from cluster.filtering import FilterConfig
 from cluster.processor import native_dtype
@@ -134,6 +135,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     deadlines: DeadlinesSection = DeadlinesSection()
     wandb: WandbConfig = WandbConfig()
+    alerts: AlertConfig = AlertConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:

@@ -64,6 +64,20 @@ class TrackingError(RunError):
     exit_code = 2
 
 
+class WrongEntity(RunError):
+    """The W&B key may not write for the entity that is configured."""
+
+    code = "WANDB_ENTITY"
+    exit_code = 2
+
+
+class DashboardError(RunError):
+    """W&B cannot be reached, or does not take the dashboard."""
+
+    code = "DASHBOARD"
+    exit_code = 2
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written."""
 

@@ -14,6 +14,7 @@ from cluster.folder import RunFolder
 from cluster.inputs import Inputs, load_inputs
 from cluster.memory import MemoryMeter
 from cluster.processor import native_dtype
+from cluster.redaction import redact
 from cluster.sinks import Console, check_online
 
 
@@ -38,7 +39,7 @@ def train(cfg: RunConfig) -> int:
             return asyncio.run(Training(cfg, inputs, folder, console, memory, started, online).run())
     except RunError as error:
         console.close()
-        console.say(f"error {error}")
+        console.say(f"error {redact(str(error))}")
         return error.exit_code
     except KeyboardInterrupt:
         console.close()

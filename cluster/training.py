@@ -9,10 +9,12 @@ import signal
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from align.metrics import Metric, reduce
 from align.prompts import PromptStream, derive_seed
 from cluster import checkpoint
+from cluster.alerts import Alerts
 from cluster.buffer import Buffer
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
@@ -25,11 +27,21 @@ from cluster.loop import Run, run_loop
 from cluster.memory import MemoryMeter
 from cluster.placement import cluster_address, start_workers
 from cluster.prometheus import PrometheusSink
+from cluster.redaction import redact
 from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
-from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
+from cluster.sinks import (
+    Console,
+    JsonLines,
+    Sink,
+    Sinks,
+    TrajectoryTables,
+    WandbArtifacts,
+    WandbSink,
+    entity_of,
+)
 from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
-from cluster.wandb_link import known_run_id
+from cluster.wandb_link import known_run_id, whereabouts
 
 
 class Training:
@@ -60,14 +72,35 @@ class Training:
         self.stop = asyncio.Event()
         self.interrupts = 0
         metrics = folder.path / "metrics.jsonl"
-        self.earlier_s = seconds_so_far(metrics) if metrics.is_file() else 0.0
+        earlier = read_rows(metrics) if metrics.is_file() else []
+        self.earlier_s = seconds_so_far(metrics) if earlier else 0.0
         sinks: list[Sink] = [console, JsonLines(metrics)]
         self.sinks = Sinks(sinks, console.warn, started)
-        if cfg.wandb.mode != "disabled":
-            self.sinks.add(lambda: WandbSink(cfg.wandb, folder.path, folder.path.name, resolved(cfg), online))
+        self.alerts = Alerts(cfg.alerts, self.sinks.alert, earlier)
+        self.sinks.add(lambda: self.alerts)
+        self.wandb = self._record_in_wandb(online, earlier) if cfg.wandb.mode != "disabled" else None
         if cluster_address() is not None:  # a Ray of the run's own serves no metrics
             self.sinks.add(lambda: PrometheusSink(folder.path.name))
         self.samples = Samples(folder.path / "samples.json")
+
+    def _record_in_wandb(self, online: bool, earlier: list[dict[str, Any]]) -> WandbSink | None:
+        """The W&B run with its artifacts and tables; says where it is."""
+        cfg, path, sinks = self.cfg, self.folder.path, self.sinks
+        record = sinks.add(
+            lambda: WandbSink(
+                cfg.wandb, path, path.name, resolved(cfg), online, self.console.warn, earlier, self.earlier_s
+            )
+        )
+        if record is None:
+            return None
+        sinks.add(lambda: WandbArtifacts(record, path, cfg.wandb.artifacts))
+        if cfg.wandb.tables:
+            folder, every, num_rows = path / "trajectories", cfg.wandb.tables, cfg.wandb.table_rows
+            sinks.add(lambda: TrajectoryTables(record, folder, every, num_rows, cfg.algorithm.discount))
+        entity = entity_of(cfg.wandb) if online else None
+        self.link = whereabouts(cfg.wandb, path, online=online, entity=entity)
+        self.console.say(f"W&B          {self.link}")
+        return record
 
     async def run(self) -> int:
         """Train, and write the end of the run whatever happens; see `train` for the exit code."""
@@ -80,6 +113,8 @@ class Training:
             status = "stopped"
         except Exception as raised:  # the outermost frame: the folder gets its end first, then this is raised
             error = raised
+            self.alerts.fail(raised)
+        self.alerts.close()
         await asyncio.to_thread(self._finish, status, error)
         if error is not None:
             raise error
@@ -161,6 +196,7 @@ class Training:
             stop=self.stop,
         )
         self.training = True
+        self.alerts.begin()
         last = await run_loop(self.run_state)
         self.training = False
         finished = last == cfg.run.steps
@@ -168,6 +204,7 @@ class Training:
             await self._save(last)
         if finished:
             await self.workers.learner.export_policy(self.folder.path.resolve() / "policy")
+            self.sinks.artifact("policy", self.folder.path / "policy", last)
         return "finished" if finished else "stopped"
 
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
@@ -211,7 +248,8 @@ class Training:
             await self.workers.learner.save(directory.resolve())
             await self.reference.copy_into(directory)
 
-        await checkpoint.save(self.folder.path / "checkpoints", state, self.cfg.checkpoint.keep, write)
+        saved = await checkpoint.save(self.folder.path / "checkpoints", state, self.cfg.checkpoint.keep, write)
+        self.sinks.artifact("checkpoints", saved.path, step)
 
     def _evaluator(self) -> Evaluator:
         cfg, num = self.cfg, self.cfg.evaluation.max_prompts
@@ -248,21 +286,23 @@ class Training:
             "warnings": self.console.warnings,
         }
         if error is not None:
-            summary["error"] = str(error) or type(error).__name__
+            summary["error"] = redact(str(error)) or type(error).__name__
         write_atomically(path / "summary.json", json.dumps(summary, indent=2))
         report = write_report(path)
         self.console.say("")
         self.console.say(f"{status} after {summary['steps']} steps and {summary['wall_s']:.0f} s. {verdict(summary)}")
-        self.console.say(_how_to_look(path, report, status))
+        uploaded = self.wandb is not None and self.wandb.uploaded
+        in_wandb = self.link if uploaded else whereabouts(self.cfg.wandb, path, online=False)
+        self.console.say(_how_to_look(path, report, status, in_wandb))
 
 
-def _how_to_look(path: Path, report: Path, status: str) -> str:
+def _how_to_look(path: Path, report: Path, status: str, in_wandb: str) -> str:
     lines = [
         ("report", f"open {report} in a browser"),
         ("figures", f"cat {path}/summary.json; a line per step in {path}/metrics.jsonl"),
         ("trajectories", f"{path}/trajectories/*.parquet (pandas.read_parquet)"),
         ("checkpoints", f"{path}/checkpoints/step_*/policy (Hugging Face folders)"),
-        ("W&B", f"wandb sync {path}/wandb/offline-run-*"),
+        ("W&B", in_wandb),
     ]
     if status == "finished":
         lines.append(("policy", f"{path}/policy (a Hugging Face folder for transformers and vLLM)"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def test_a_row_says_everything_about_its_trajectory(tmp_path: Path) -> None:
         "finish_reason": "length",
         "seed": 11,
         "reward": 9.0,
+        "reward_parts": None,
         "token_ids": [1, 2, 3],
         "behavior_logprobs": [-0.5, -1.0, -1.5],
         "ref_logprobs": [-2.0, -3.0, -4.0],
@@ -64,6 +66,13 @@ def test_a_row_says_everything_about_its_trajectory(tmp_path: Path) -> None:
     }
     assert (short["repeat"], short["seed"], short["finish_reason"]) == (1, 12, "stop")
     assert (short["completion"], short["token_ids"], short["versions"]) == ("h", [7, 0], [5, 5])
+
+
+def test_the_parts_of_a_composite_reward_are_kept_beside_their_sum(tmp_path: Path) -> None:
+    group = scored_group()
+    scores = tuple(replace(score, parts={"exact_match": 1.0, "overlong": -0.5}) for score in group.scores)
+    rows = written(tmp_path / "step.parquet", replace(group, scores=scores))
+    assert [row["reward_parts"] for row in rows] == [{"exact_match": 1.0, "overlong": -0.5}] * 2
 
 
 def test_without_a_reference_its_column_is_empty(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import socket
 from typing import Any
 from urllib.parse import urlparse
 
-from cluster.faults import TrackingError
+from cluster.faults import TrackingError, WrongEntity
 from cluster.sinks.wandb import WandbConfig
+
+_ASK_S = 15
 
 
 def check_online(cfg: WandbConfig, warn: Any) -> bool:
@@ -16,6 +18,7 @@ def check_online(cfg: WandbConfig, warn: Any) -> bool:
 
     Raises:
         TrackingError: If the server, or the form of the key, says that the key is wrong.
+        WrongEntity: If the server says that the key does not belong to the configured entity.
     """
     if cfg.mode in ("offline", "disabled") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return False
@@ -42,7 +45,33 @@ def check_online(cfg: WandbConfig, warn: Any) -> bool:
             warn(f"the W&B server {server} does not answer; the run is recorded offline (wandb sync uploads it later)")
             return False
         raise TrackingError(f"W&B refused the key: {error}", advice) from None
+    if entity := cfg.entity or os.environ.get("WANDB_ENTITY"):
+        _check_entity(entity)
     return True
+
+
+def _check_entity(entity: str) -> None:
+    import wandb
+
+    viewer = wandb.Api(timeout=_ASK_S).viewer
+    known = list(dict.fromkeys([viewer.entity, viewer.username, *viewer.teams]))
+    if entity not in known and not viewer.admin:
+        raise WrongEntity(
+            f"the W&B key may not write for the entity {entity!r}; it may for {', '.join(known)}",
+            "set wandb.entity to one of them, use another key, or set wandb.mode to 'offline'",
+        )
+
+
+def entity_of(cfg: WandbConfig) -> str | None:
+    """Where a run that is uploaded goes: what is configured, else the key's own; None if the server does not say."""
+    import wandb
+
+    if entity := cfg.entity or os.environ.get("WANDB_ENTITY"):
+        return entity
+    try:
+        return str(wandb.Api(timeout=_ASK_S).default_entity)
+    except Exception:  # it is for a link alone
+        return None
 
 
 def _reachable(url: str, timeout_s: float = 3.0) -> bool:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from cluster.alerts import Alert
 
 _COLUMNS = (  # heading, metric, format, width
     ("reward/tok", "reward/token_mean", "{:.4f}", 10),
@@ -48,6 +52,11 @@ class Console:
         """Something that a person should know, in yellow; kept for the summary."""
         self.warnings.append(text)
         self._rich.print(f"warning: {text}", style="yellow", markup=False)
+
+    def alert(self, alert: Alert) -> None:
+        """A warning; the error that ends a run is its last line anyway."""
+        if alert.level == "warn":
+            self.warn(f"{alert.title}: {alert.text}")
 
     def log(self, step: int, wall_s: float, values: Mapping[str, float]) -> None:
         """One line for the step; evaluations get their own."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+    from cluster.alerts import Alert
 
 
 class Sink(Protocol):
@@ -17,6 +22,27 @@ class Sink(Protocol):
     def close(self) -> None:
         """Write what is left."""
         ...
+
+
+@runtime_checkable
+class AlertSink(Protocol):
+    """A sink that takes alerts too."""
+
+    def alert(self, alert: Alert) -> None:
+        """Record it, or show it."""
+        ...
+
+
+@runtime_checkable
+class ArtifactSink(Protocol):
+    """A sink that takes note of what the run wrote."""
+
+    def artifact(self, kind: str, folder: Path, step: int) -> None:
+        """Record a folder of weights: kind "checkpoints" or "policy"."""
+        ...
+
+
+S = TypeVar("S", bound=Sink)
 
 
 class Sinks:
@@ -33,22 +59,40 @@ class Sinks:
         self._warn = warn
         self._started = started
 
-    def add(self, make: Callable[[], Sink]) -> None:
-        """Add a sink that may fail to start."""
+    def add(self, make: Callable[[], S]) -> S | None:
+        """Add a sink that may fail to start; returns it if it did not."""
         try:
-            self._sinks.append(make())
+            sink = make()
         except Exception as error:  # a sink is not worth a run
             self._warn(f"a sink could not start and is left out: {error}")
+            return None
+        self._sinks.append(sink)
+        return sink
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values of a step to every sink."""
         wall_s = time.monotonic() - self._started
         for sink in list(self._sinks):
-            try:
-                sink.log(step, wall_s, values)
-            except Exception as error:  # a sink is not worth a run
-                self._sinks.remove(sink)
-                self._warn(f"{type(sink).__name__} failed and is left out from now on: {error}")
+            self._try(sink, partial(sink.log, step, wall_s, values))
+
+    def alert(self, alert: Alert) -> None:
+        """Send an alert to every sink that takes them."""
+        for sink in list(self._sinks):
+            if isinstance(sink, AlertSink):
+                self._try(sink, partial(sink.alert, alert))
+
+    def artifact(self, kind: str, folder: Path, step: int) -> None:
+        """Tell every sink that takes note of them of a folder of weights."""
+        for sink in list(self._sinks):
+            if isinstance(sink, ArtifactSink):
+                self._try(sink, partial(sink.artifact, kind, folder, step))
+
+    def _try(self, sink: Sink, send: Callable[[], None]) -> None:
+        try:
+            send()
+        except Exception as error:  # a sink is not worth a run
+            self._sinks.remove(sink)
+            self._warn(f"{type(sink).__name__} failed and is left out from now on: {error}")
 
     def close(self) -> None:
         """Close every sink."""

@@ -20,7 +20,7 @@ from tests.integration.runs import DEMO, align, last_step, summary, trajectories
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_task")]
 
 SECRET = "a5c1" * 10
-"""A W&B key in the environment of the cluster's machines."""
+"""A W&B key and a token of the model hub in the environment of the cluster's machines."""
 SMALL = [
     *("--set", "run.prompts_per_step=8", "--set", "evaluation.every=1000", "--set", "evaluation.max_prompts=8"),
     *("--set", "optimizer.schedule=constant"),
@@ -29,7 +29,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with ray_head({"WANDB_API_KEY": SECRET, "WANDB_MODE": "offline"}) as started:
+    with ray_head({"WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET, "WANDB_MODE": "offline"}) as started:
         yield started
 
 
