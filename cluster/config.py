@@ -24,6 +24,7 @@ from align.rewards.reference import ReferenceRewardConfig
 from cluster.faults import ConfigError
 from cluster.filtering import FilterConfig
 from cluster.processor import native_dtype
+from cluster.quarantine import QuarantineConfig
 from cluster.rollout import RolloutConfig, SamplingConfig
 from cluster.scorer import ScorerConfig
 from cluster.sinks import WandbConfig
@@ -116,6 +117,7 @@ class RunConfig(Section):
     prompts: PromptConfig
     reward: RewardSection = ReferenceRewardConfig()
     sampling: SamplingConfig = SamplingConfig()
+    quarantine: QuarantineConfig = QuarantineConfig()
     filter: FilterConfig = FilterConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

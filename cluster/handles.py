@@ -126,6 +126,11 @@ class RolloutHandle(Handle):
         )
         return answer
 
+    async def usage(self) -> tuple[float, float]:
+        """Busy and elapsed seconds since the last call; see `cluster.usage.BusyClock`."""
+        used: tuple[float, float] = await self.answer(self.actor.usage.remote(), "usage", self.cfg.load_deadline_s)
+        return used
+
 
 @dataclass(frozen=True, slots=True)
 class Published:

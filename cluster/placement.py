@@ -295,6 +295,7 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path, place: Place | 
             critic=cfg.critic,
             adapter=cfg.policy.adapter,
             place=place,
+            verifier_deadline_s=cfg.quarantine.deadline_s,
         )
     )
 
@@ -316,6 +317,7 @@ def _create_scorer(cfg: RunConfig) -> Any:
             cfg=cfg.scorer,
             compute_dtype=cfg.scorer_dtype,
             num_top=cfg.algorithm.num_top,
+            verifier_deadline_s=cfg.quarantine.deadline_s,
         )
     )
 

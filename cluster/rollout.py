@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from align.types import FinishReason, Group, Ticket, Trajectory
 from cluster.faults import ActorLost
+from cluster.usage import BusyClock
 from cluster.weights import ExportedWeights
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class RolloutActor:
         self.rank = rank
         self.engine = Engine(EngineSettings(**settings))
         self.sampling = Sampling(**sampling.model_dump())
+        self.clock = BusyClock()
 
     async def ready(self) -> int:
         """The rank, once the engine is up."""
@@ -104,10 +106,9 @@ class RolloutActor:
             ActorLost: If the engine died or gave a request up.
         """
         prompt_ids = ticket.prompt.token_ids
-        completions = await self._guard(
-            "generate",
-            asyncio.gather(*(self.engine.generate(prompt_ids, self.sampling, seed) for seed in ticket.seeds)),
-        )
+        requests = (self.engine.generate(prompt_ids, self.sampling, seed) for seed in ticket.seeds)
+        with self.clock.working():
+            completions = await self._guard("generate", asyncio.gather(*requests))
         if any(c.finish_reason is FinishReason.ABORT or not c.token_ids for c in completions):
             raise ActorLost("rollout", self.rank, "generate", "the engine gave a request up before it was done")
         pairs = zip(completions, ticket.seeds, strict=True)
@@ -116,7 +117,9 @@ class RolloutActor:
 
     async def load(self, weights: ExportedWeights) -> int:
         """Serve other weights; returns the version that is served now. Raises WrongWeights, ActorLost."""
+        self.clock.pause(True)
         await self._guard("load", self.engine.load(weights))
+        self.clock.pause(False)
         return self.engine.version
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -124,7 +127,8 @@ class RolloutActor:
         await self._guard("connect", self.engine.init_weight_transfer_engine(init_info))
 
     async def begin_update(self) -> None:
-        """As above."""
+        """As above. Until `commit` or `abandon_update` requests wait."""
+        self.clock.pause(True)
         await self._guard("load", self.engine.begin_update())
 
     async def start_weight_update(self) -> None:
@@ -142,11 +146,13 @@ class RolloutActor:
     async def commit(self, version: int, fingerprint: str) -> int:
         """Serve what the learner sent; returns the version that is served now. Raises WrongWeights, ActorLost."""
         await self._guard("load", self.engine.commit(version, fingerprint))
+        self.clock.pause(False)
         return self.engine.version
 
     async def abandon_update(self) -> bool:
         """Give up an update; whether the old weights serve on."""
         whole: bool = await self._guard("load", self.engine.abandon_update())
+        self.clock.pause(not whole)
         return whole
 
     async def canary(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -154,6 +160,10 @@ class RolloutActor:
         return list(
             await self._guard("canary", asyncio.gather(*(self.engine.score(sequence) for sequence in sequences)))
         )
+
+    async def usage(self) -> tuple[float, float]:
+        """Seconds with a request in flight that is not held up by a load, and all seconds, since the last call."""
+        return self.clock.read()
 
     async def shutdown(self) -> None:
         """End the engine's processes."""

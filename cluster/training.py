@@ -19,16 +19,18 @@ from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.faults import INTERRUPTED
 from cluster.filtering import Filter
 from cluster.folder import RunFolder, resolved, write_atomically
+from cluster.goodput import Goodput
 from cluster.inputs import Inputs
 from cluster.ledger import Ledger
 from cluster.loop import Run, run_loop
 from cluster.memory import MemoryMeter
 from cluster.placement import cluster_address, start_workers
 from cluster.prometheus import PrometheusSink
+from cluster.quarantine import Quarantine
 from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
 from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
-from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
+from cluster.summary import Samples, read_lines, read_rows, seconds_so_far, summarize_run
 
 
 class Training:
@@ -144,16 +146,18 @@ class Training:
             if cfg.reference:
                 await self._reference_samples()
             self.samples.mark_begun()
+        goodput = Goodput.resumed(read_lines(self.folder.path / "metrics.jsonl"), state.version)
         self.run_state = Run(
             prompts=self.stream,
             buffer=Buffer(cfg.run.prompts_per_step, cfg.run.max_staleness),
             fleet=self.workers.fleet,
             scorer=self.workers.scorers,
+            quarantine=Quarantine(cfg.quarantine, self.folder.path / "quarantine.jsonl", state.quarantine),
             filter=self.filter,
             learner=self.workers.learner,
             reference=self.reference,
             observer=self,
-            ledger=Ledger(state.num_trained, state.num_filtered),
+            ledger=Ledger(state.num_trained, state.num_filtered, state.num_quarantined, goodput),
             max_staleness=cfg.run.max_staleness,
             first_step=state.version + 1,
             last_step=cfg.run.steps,
@@ -200,6 +204,8 @@ class Training:
             leased=tuple(sorted([*run.prompts.returned, *run.ledger.in_flight])),
             num_trained=run.ledger.num_trained,
             num_filtered=run.ledger.num_filtered,
+            num_quarantined=run.ledger.num_quarantined,
+            quarantine=tuple(run.quarantine.state()),
             filter=run.filter.state(),
             reference_version=reference.version if reference else 0,
             reference_fingerprint=reference.fingerprint if reference else "",

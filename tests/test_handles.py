@@ -17,7 +17,7 @@ from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDive
 from cluster.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
 from cluster.loop import Rollout
 from cluster.rollout import GroupSummary, RolloutConfig
-from cluster.scorer import ScorerConfig
+from cluster.scorer import ScorerConfig, Verdict
 from cluster.scoring import ScorerHandle, ScorerPool
 
 TICKET = Ticket(5, Prompt("p", "prompt", (1, 2)), (7,))
@@ -367,7 +367,7 @@ class Scorers:
         self.made: list[FakeActor] = []
         self.warnings: list[str] = []
         self.ready = scripts.get("ready", gives(None))
-        self.score = scripts.get("score", gives(("scores", (0.5,))))
+        self.score = scripts.get("score", gives(("scores", Verdict((0.5,)))))
 
     def create(self, rank: int) -> FakeActor:
         self.made.append(FakeActor(ready=self.ready, score=self.score))
@@ -387,9 +387,9 @@ def test_scorers_take_turns() -> None:
     asked: list[int] = []
 
     def scorer(rank: int) -> FakeActor:
-        async def score(payload: Any) -> tuple[str, tuple[float, ...]]:
+        async def score(payload: Any) -> tuple[str, Verdict]:
             asked.append(rank)
-            return f"scores of {payload} by {rank}", (rank / 2,)
+            return f"scores of {payload} by {rank}", Verdict((rank / 2,))
 
         return FakeActor(score=score)
 

@@ -125,6 +125,9 @@ class FakeEngine:
         assert self.runs and self.whole
         return [[value + self.gap for value in row] for row in logprobs_of(self.version)]
 
+    async def usage(self) -> tuple[float, float]:
+        return 1.0, 4.0
+
 
 @dataclass(eq=False)
 class FakeLearner:
