@@ -18,7 +18,7 @@ from align.judges import JUDGES
 from align.learner import LearnerConfig
 from align.optimizer import OptimizerConfig
 from align.prompts import PromptConfig
-from align.rewards.kinds import RewardSection, kinds_in, reads_reference
+from align.rewards.kinds import RewardSection, kinds_in, reads_reference, verifier_of
 from align.rewards.overlong import OverlongConfig
 from align.rewards.reference import ReferenceRewardConfig
 from cluster.faults import ConfigError
@@ -140,7 +140,7 @@ class RunConfig(Section):
 
     def _problems(self) -> list[str | None]:
         rollout, algorithm = self.rollout, self.algorithm
-        num_trajectories = self.run.prompts_per_step * self.run.group_size
+        num_trajectories, fewest = self.run.prompts_per_step * self.run.group_size, self.fewest_trajectories
         weighted = algorithm.surrogate == "reinforce" or algorithm.proximal != "behavior"
         return [
             f"a [reference] is needed for {' and '.join(self.reference_readers)}"
@@ -161,9 +161,9 @@ class RunConfig(Section):
             "the section [critic] is read by algorithm.baseline = 'critic' alone"
             if algorithm.baseline != "critic" and self.critic is not None
             else None,
-            f"algorithm.num_minibatches ({algorithm.num_minibatches}) is above the {num_trajectories} trajectories of a step: "
-            "one would be empty"
-            if algorithm.num_minibatches > num_trajectories
+            f"algorithm.num_minibatches ({algorithm.num_minibatches}) is above the {fewest} trajectories of a step (two of a "
+            "group where a verifier may fail on the others): one would be empty"
+            if algorithm.num_minibatches > fewest
             else None,
             f"algorithm.kl_horizon ({algorithm.kl_horizon}) is below the {num_trajectories} trajectories of a step: the "
             "coefficient would jump"
@@ -230,7 +230,7 @@ class RunConfig(Section):
         ]
 
     def _problems_of_ranks(self) -> list[str | None]:
-        learner, num_trajectories = self.learner, self.run.prompts_per_step * self.run.group_size
+        learner = self.learner
         if learner.num_ranks == 1:
             return []
         return [
@@ -238,9 +238,9 @@ class RunConfig(Section):
             "what is published is their product"
             if self.policy.adapter is not None
             else None,
-            f"learner.num_ranks ({learner.num_ranks}) is above the {num_trajectories} trajectories of a step "
-            "(run.prompts_per_step * run.group_size): some ranks would have nothing to train on"
-            if learner.num_ranks > num_trajectories
+            f"learner.num_ranks ({learner.num_ranks}) is above the {self.fewest_trajectories} trajectories of a step "
+            "(two of a group where a verifier may fail on the others): some ranks would have nothing to train on"
+            if learner.num_ranks > self.fewest_trajectories
             else None,
             "learner.num_ranks above 1 needs learner.num_cpus or num_gpus above 0, by which Ray places the ranks"
             if not (learner.num_cpus or learner.num_gpus)
@@ -249,6 +249,12 @@ class RunConfig(Section):
             if self.weights.transport == "ipc"
             else None,
         ]
+
+    @property
+    def fewest_trajectories(self) -> int:
+        """Trajectories that every step has: where a verifier may fail, two of each group are sure to be left."""
+        size = self.run.group_size
+        return self.run.prompts_per_step * (min(size, 2) if verifier_of(self.reward) else size)
 
     @property
     def reference_readers(self) -> list[str]:
