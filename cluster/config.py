@@ -49,6 +49,7 @@ class RunSection(Section):
     prompts_per_step: int = Field(ge=1, description="Prompts (groups) of one step.")
     group_size: int = Field(1, ge=1, description="Trajectories per prompt.")
     max_staleness: int = Field(0, ge=0, description="Versions a trajectory may be late; 0 is exact on-policy training.")
+    trace: bool = Field(False, description="Write trace.json: what each process did when, for ui.perfetto.dev.")
 
 
 class ModelSection(Section):

@@ -20,6 +20,7 @@ from cluster.faults import ActorLost, StalenessViolation
 from cluster.filtering import Filter
 from cluster.ledger import Ledger
 from cluster.quarantine import Failure, Quarantine
+from cluster.trace import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Rollout:
     Attributes:
         outcomes: Sum of the rewards of each trajectory that was judged; known once the group is scored.
         failures: The trajectories whose reward failed; known then too.
+        spans: Who sampled and who scored it, and when.
     """
 
     ticket: Ticket
@@ -39,6 +41,7 @@ class Rollout:
     scores: Any = None
     outcomes: tuple[float, ...] = ()
     failures: tuple[Failure, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 class RolloutActor(Protocol):
@@ -98,6 +101,10 @@ class Reference(Protocol):
 
 class Observer(Protocol):
     """What happens beside training: logging, evaluation, checkpoints."""
+
+    def after_group(self, rollout: Rollout) -> None:
+        """A group is scored, and its slot filled or given back."""
+        ...
 
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         """Step is trained and published."""
@@ -198,6 +205,7 @@ async def roll_out(run: Run, actor: RolloutActor) -> None:
         run.buffer.cancel(slot)
     else:
         run.buffer.fill(slot, rollout)
+    run.observer.after_group(rollout)
 
 
 async def train_loop(run: Run) -> int:

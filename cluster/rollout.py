@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from align.types import FinishReason, Group, Ticket, Trajectory
 from cluster.faults import ActorLost
+from cluster.trace import Span
 from cluster.usage import BusyClock
 from cluster.weights import ExportedWeights
 
@@ -71,11 +73,12 @@ class RolloutConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GroupSummary:
-    """What the controller needs to know about a group."""
+    """What the controller needs to know about a group, and when it was sampled."""
 
     oldest_version: int
     num_tokens: int
     num_stopped: int
+    span: Span
 
 
 class RolloutActor:
@@ -105,7 +108,7 @@ class RolloutActor:
         Raises:
             ActorLost: If the engine died or gave a request up.
         """
-        prompt_ids = ticket.prompt.token_ids
+        began_s, prompt_ids = time.time(), ticket.prompt.token_ids
         requests = (self.engine.generate(prompt_ids, self.sampling, seed) for seed in ticket.seeds)
         with self.clock.working():
             completions = await self._guard("generate", asyncio.gather(*requests))
@@ -113,7 +116,7 @@ class RolloutActor:
             raise ActorLost("rollout", self.rank, "generate", "the engine gave a request up before it was done")
         pairs = zip(completions, ticket.seeds, strict=True)
         group = Group(ticket, tuple(_trajectory(prompt_ids, completion, seed) for completion, seed in pairs))
-        return group, summarize(group)
+        return group, summarize(group, Span("rollout", self.rank, began_s, time.time()))
 
     async def load(self, weights: ExportedWeights) -> int:
         """Serve other weights; returns the version that is served now. Raises WrongWeights, ActorLost."""
@@ -185,13 +188,14 @@ def _trajectory(prompt_ids: Sequence[int], completion: Completion, seed: int) ->
     )
 
 
-def summarize(group: Group) -> GroupSummary:
+def summarize(group: Group, span: Span) -> GroupSummary:
     """Oldest version, sampled tokens and completions that stopped by themselves."""
     trajectories = group.trajectories
     return GroupSummary(
         oldest_version=min(t.oldest_version for t in trajectories),
         num_tokens=sum(t.num_completion_tokens for t in trajectories),
         num_stopped=sum(t.finish_reason is FinishReason.STOP for t in trajectories),
+        span=span,
     )
 
 

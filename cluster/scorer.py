@@ -45,12 +45,14 @@ class Verdict:
     Attributes:
         outcomes: Sum of the rewards of each trajectory that was judged.
         failures: The trajectories whose reward failed.
-        elapsed_s: Time it took.
+        began_s: When it began, in seconds since the epoch.
+        ended_s: When it ended.
     """
 
     outcomes: tuple[float, ...]
     failures: tuple[Failure, ...] = ()
-    elapsed_s: float = 0.0
+    began_s: float = 0.0
+    ended_s: float = 0.0
 
 
 class ScorerActor:
@@ -118,12 +120,12 @@ class ScorerActor:
 
     def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], Verdict]:
         """Rewards of the trajectories of a group; and the verdict, for the controller."""
-        began = time.perf_counter()
+        began_s = time.time()
         scores = self.reward(group)
         pairs = list(zip(group.trajectories, scores, strict=True))
         outcomes = tuple(outcome(t, score) for t, score in pairs if score.failure is None)
         failures = tuple(self._failure(group, t, score.failure) for t, score in pairs if score.failure is not None)
-        return scores, Verdict(outcomes, failures, time.perf_counter() - began)
+        return scores, Verdict(outcomes, failures, began_s, time.time())
 
     def _failure(self, group: Group, trajectory: Trajectory, traceback: str) -> Failure:
         prompt, completion = group.ticket.prompt, trajectory.token_ids[trajectory.loss_mask]

@@ -16,6 +16,7 @@ from cluster.handles import Handle, spend
 from cluster.loop import Rollout
 from cluster.reference import SavedReference
 from cluster.scorer import ScorerConfig, Verdict
+from cluster.trace import Span
 
 Result = TypeVar("Result")
 
@@ -36,8 +37,9 @@ class ScorerHandle(Handle):
         """The rollout with its outcomes, and its rewards still behind a reference."""
         scores, summary = self.actor.score.options(num_returns=2).remote(rollout.payload)
         verdict: Verdict = await self.answer(summary, "score", self.cfg.score_deadline_s)
-        self.busy_s += verdict.elapsed_s
-        return replace(rollout, scores=scores, outcomes=verdict.outcomes, failures=verdict.failures)
+        self.busy_s += verdict.ended_s - verdict.began_s
+        spans = (*rollout.spans, Span(self.role, self.rank, verdict.began_s, verdict.ended_s))
+        return replace(rollout, scores=scores, outcomes=verdict.outcomes, failures=verdict.failures, spans=spans)
 
     async def load_reference(self, saved: SavedReference) -> None:
         """Take another reference. Raises WrongWeights if something else arrived."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from align.metrics import Metric, reduce
@@ -22,7 +24,7 @@ from cluster.folder import RunFolder, resolved, write_atomically
 from cluster.goodput import Goodput
 from cluster.inputs import Inputs
 from cluster.ledger import Ledger
-from cluster.loop import Run, run_loop
+from cluster.loop import Rollout, Run, run_loop
 from cluster.memory import MemoryMeter
 from cluster.placement import cluster_address, start_workers
 from cluster.prometheus import PrometheusSink
@@ -31,6 +33,7 @@ from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
 from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
 from cluster.summary import Samples, read_lines, read_rows, seconds_so_far, summarize_run
+from cluster.trace import Trace
 
 
 class Training:
@@ -69,6 +72,7 @@ class Training:
         if cluster_address() is not None:  # a Ray of the run's own serves no metrics
             self.sinks.add(lambda: PrometheusSink(folder.path.name))
         self.samples = Samples(folder.path / "samples.json")
+        self.trace = Trace(folder.path / "trace.json", console.warn) if cfg.run.trace else None
 
     async def run(self) -> int:
         """Train, and write the end of the run whatever happens; see `train` for the exit code."""
@@ -173,28 +177,56 @@ class Training:
             await self.workers.learner.export_policy(self.folder.path.resolve() / "policy")
         return "finished" if finished else "stopped"
 
+    def after_group(self, rollout: Rollout) -> None:
+        """See `cluster.loop.Observer`: into the trace."""
+        if self.trace is None:
+            return
+        ticket = rollout.ticket
+        known = {"ticket": ticket.number, "prompt": ticket.prompt.id, "version": rollout.oldest_version}
+        for span in rollout.spans:
+            self.trace.span(span, f"group {ticket.number}", **known, tokens=rollout.num_tokens)
+        self._count_slots(self.trace)
+
+    def _count_slots(self, trace: Trace) -> None:
+        buffer = self.run_state.buffer
+        used = buffer.num_slots - buffer.num_free
+        trace.counter("slots", time.time(), filled=buffer.num_filled, empty=used - buffer.num_filled)
+
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         """See `cluster.loop.Observer`: evaluate, save and log."""
+        if self.trace:
+            self.trace.step(step, reduce(metrics), time.time())
+            self._count_slots(self.trace)
         cfg = self.cfg
         metrics = [*metrics, Metric("memory/rss_bytes", self.memory.peak_bytes)]
         last = step == cfg.run.steps
         if last or step % cfg.checkpoint.every == 0:
-            began = time.perf_counter()
-            await self._save(step)
-            metrics.append(Metric("time/checkpoint_s", time.perf_counter() - began))
+            with self._timed("checkpoint", step) as timed:
+                await self._save(step)
+            metrics.append(Metric("time/checkpoint_s", timed()))
         if last or step % cfg.evaluation.every == 0:
             await self._evaluate(step, metrics)
         else:
             self.sinks.log(step, reduce(metrics))
 
     async def _evaluate(self, step: int, metrics: list[Metric]) -> None:
-        began = time.perf_counter()
-        for name, answers in (await self.evaluator.evaluate()).items():
-            metrics = [*metrics, *metrics_of(name, answers)]
-            first_answers = answers[:: self.cfg.evaluation.group_size]
-            self.samples.add(name, first_answers, self.cfg.evaluation.num_samples)
-        metrics.append(Metric("time/eval_s", time.perf_counter() - began))
+        with self._timed("evaluation", step) as timed:
+            for name, answers in (await self.evaluator.evaluate()).items():
+                metrics = [*metrics, *metrics_of(name, answers)]
+                first_answers = answers[:: self.cfg.evaluation.group_size]
+                self.samples.add(name, first_answers, self.cfg.evaluation.num_samples)
+        metrics.append(Metric("time/eval_s", timed()))
         self.sinks.log(step, reduce(metrics))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str, step: int) -> Iterator[Callable[[], float]]:
+        """Time the block, for the trace too; gives what says how many seconds it took."""
+        began_s, began = time.time(), time.perf_counter()
+        elapsed_s = 0.0
+        yield lambda: elapsed_s
+        elapsed_s = time.perf_counter() - began
+        if self.trace:
+            self.trace.beside(name, began_s, began_s + elapsed_s, step)
 
     async def _save(self, step: int) -> None:
         run, reference = self.run_state, self.reference.saved
@@ -242,6 +274,8 @@ class Training:
     def _finish(self, status: str, error: Exception | None) -> None:
         """Summary, report, and the last words on the console."""
         self.sinks.close()
+        if self.trace:
+            self.trace.close()
         path = self.folder.path
         summary = summarize_run(read_rows(path / "metrics.jsonl"), self.samples.content)
         summary |= {
@@ -265,6 +299,7 @@ def _how_to_look(path: Path, report: Path, status: str) -> str:
         ("report", f"open {report} in a browser"),
         ("figures", f"cat {path}/summary.json; a line per step in {path}/metrics.jsonl"),
         ("trajectories", f"{path}/trajectories/*.parquet (pandas.read_parquet)"),
+        *([("trace", f"{path}/trace.json (open it in ui.perfetto.dev)")] if (path / "trace.json").is_file() else []),
         ("checkpoints", f"{path}/checkpoints/step_*/policy (Hugging Face folders)"),
         ("W&B", f"wandb sync {path}/wandb/offline-run-*"),
     ]

@@ -19,9 +19,11 @@ from cluster.loop import Rollout
 from cluster.rollout import GroupSummary, RolloutConfig
 from cluster.scorer import ScorerConfig, Verdict
 from cluster.scoring import ScorerHandle, ScorerPool
+from cluster.trace import Span
 
 TICKET = Ticket(5, Prompt("p", "prompt", (1, 2)), (7,))
 ROLLOUT = Rollout(TICKET, oldest_version=3, num_tokens=9, num_stopped=1, payload="group 5")
+SPAN = Span("rollout", 0, 1.0, 2.0)
 SHORT = 0.02  # seconds; a deadline that passes in a test
 Method = Callable[..., Awaitable[Any]]
 
@@ -165,7 +167,9 @@ def test_restarts_are_counted_up_to_the_budget() -> None:
 
 def test_a_rollout_is_a_summary_with_its_tokens_left_where_they_are() -> None:
     async def scenario() -> None:
-        actor = FakeActor(rollout=gives(("the group", GroupSummary(oldest_version=3, num_tokens=9, num_stopped=1))))
+        actor = FakeActor(
+            rollout=gives(("the group", GroupSummary(oldest_version=3, num_tokens=9, num_stopped=1, span=SPAN)))
+        )
         rollout = await RolloutHandle(actor, 0, RolloutConfig(), max_groups=2).rollout(TICKET)
         assert (rollout.ticket, rollout.oldest_version, rollout.num_tokens, rollout.num_stopped) == (TICKET, 3, 9, 1)
         assert isinstance(rollout.payload, asyncio.Future), "a reference, not the group"

@@ -164,6 +164,9 @@ class FakeObserver:
     world: World
     metrics: list[dict[str, float]] = field(default_factory=list)
 
+    def after_group(self, rollout: Rollout) -> None:
+        self.world.log.append(("after_group", rollout.ticket.number))
+
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         self.world.log.append(("after_step", step))
         self.metrics.append(reduce(metrics))
