@@ -38,7 +38,7 @@ class RunState:
     num_trained: int
     num_filtered: int = 0
     num_quarantined: int = 0
-    quarantine: tuple[int, ...] = ()
+    quarantine: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
     reference_version: int = 0
     reference_fingerprint: str = ""
@@ -111,8 +111,7 @@ def newest(directory: Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # torn
         if complete:
-            lists = {name: tuple(value) for name, value in state.items() if isinstance(value, list)}
-            return Checkpoint(path, RunState(**{**state, **lists}))
+            return Checkpoint(path, RunState(**{**state, "leased": tuple(state["leased"])}))
     return None
 
 

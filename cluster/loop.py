@@ -230,7 +230,7 @@ async def train_loop(run: Run) -> int:
         if step == run.last_step:
             run.buffer.close()
         run.ledger.train((r.ticket.number for r in rollouts), *learned_tokens(update))
-        metrics += run.scorer.end_step() + run.quarantine.end_step()
+        metrics += run.scorer.end_step() + run.quarantine.end_step(run.ledger.in_flight)
         metrics += run.filter.end_step((r.ticket, r.outcomes) for r in rollouts)
         published = time.perf_counter()
         metrics += summarize(rollouts, published - began) + run.ledger.metrics()

@@ -237,7 +237,7 @@ class Training:
             num_trained=run.ledger.num_trained,
             num_filtered=run.ledger.num_filtered,
             num_quarantined=run.ledger.num_quarantined,
-            quarantine=tuple(run.quarantine.state()),
+            quarantine=run.quarantine.state(run.ledger.in_flight),
             filter=run.filter.state(),
             reference_version=reference.version if reference else 0,
             reference_fingerprint=reference.fingerprint if reference else "",

@@ -145,7 +145,7 @@ def eventful_world(seed: int) -> World:
 
 def eventful_run(world: World, **more: Any) -> Run:
     filtering = FilterConfig(drop_without_signal=True, max_dropped_batches=50)
-    quarantine = Quarantine(QuarantineConfig(max_fraction=1), Path(os.devnull))
+    quarantine = Quarantine(QuarantineConfig(max_fraction=0.99), Path(os.devnull))
     more = {"num_actors": 2, "restarts": 9, "filtering": filtering, "quarantine": quarantine, "group_size": 3, **more}
     return make_run(world, steps=STEPS, groups_per_step=GROUPS, **more)
 

@@ -58,12 +58,12 @@ def quarantine(folder: Path, **cfg: Any) -> Quarantine:
 def test_a_group_is_dropped_if_fewer_than_two_are_left_to_compare(
     group_size: int, num_failed: int, dropped: bool, tmp_path: Path
 ) -> None:
-    judge = quarantine(tmp_path, max_fraction=1)
+    judge = quarantine(tmp_path, max_fraction=0.99)
     assert judge.drops(ticket(0, group_size), failures(0, num_failed)) is dropped
 
 
 def test_every_failure_is_written_with_its_traceback_and_none_without_one(tmp_path: Path) -> None:
-    judge = quarantine(tmp_path, max_fraction=1)
+    judge = quarantine(tmp_path, max_fraction=0.99)
     judge.drops(ticket(0), ())
     assert not (tmp_path / "quarantine.jsonl").exists()
     judge.drops(ticket(3), failures(3, 2))
@@ -74,12 +74,13 @@ def test_every_failure_is_written_with_its_traceback_and_none_without_one(tmp_pa
     assert rows[-1] == expected | {"ticket": 4, "seed": 0, "num_tokens": 3}
 
 
-def test_the_fraction_of_a_step_is_that_of_the_trajectories_judged_in_it(tmp_path: Path) -> None:
-    judge = quarantine(tmp_path, max_fraction=1)
-    for number, num in enumerate((1, 0, 4)):
+def test_the_fraction_of_a_step_is_that_of_the_groups_decided_in_it(tmp_path: Path) -> None:
+    judge = quarantine(tmp_path)
+    for number, num in enumerate((1, 0, 4, 2)):
         judge.drops(ticket(number), failures(number, num))
-    assert reduce(judge.end_step()) == {"reward/quarantined_fraction": 5 / 12}
-    assert reduce(judge.end_step()) == {"reward/quarantined_fraction": 0}
+    assert reduce(judge.end_step(in_flight={3})) == {"reward/quarantined_fraction": 5 / 12}
+    assert reduce(judge.end_step(in_flight={3})) == {"reward/quarantined_fraction": 0}
+    assert reduce(judge.end_step(in_flight=())) == {"reward/quarantined_fraction": 2 / 4}
 
 
 # --- the limit ----------------------------------------------------------------------------------------------------
@@ -109,13 +110,29 @@ def test_with_a_limit_of_0_the_first_failure_ends_the_run(tmp_path: Path) -> Non
         judge.drops(ticket(1), failures(1, 1))
 
 
-def test_a_resumed_run_remembers_the_window(tmp_path: Path) -> None:
-    first = quarantine(tmp_path, max_fraction=0.1, window=20)
-    first.drops(ticket(0), failures(0, 2))
-    state = json.loads(json.dumps(first.state()))
+def test_a_resumed_run_remembers_the_window_and_judges_anew_what_was_in_flight(tmp_path: Path) -> None:
+    first = quarantine(tmp_path, max_fraction=0.15, window=20)
+    for number, num in enumerate((1, 0, 1, 1)):
+        first.drops(ticket(number), failures(number, num))
+    first.end_step(in_flight={2, 3})
+    state = json.loads(json.dumps(first.state(in_flight={3})))
+    assert state == {"recent": "10000000", "decided": [[2, 4, 1]]}
     again = Quarantine(first.cfg, tmp_path / "quarantine.jsonl", state)
-    with pytest.raises(RewardError, match="3 of the last 8"):
-        again.drops(ticket(1), failures(1, 1))
+    again.drops(ticket(3), failures(3, 1))
+    with pytest.raises(RewardError, match="4 of the last 20"):
+        again.drops(ticket(4), failures(4, 1))
+
+
+def test_what_is_on_record_does_not_depend_on_which_group_was_ready_first(tmp_path: Path) -> None:
+    numbers = {0: 2, 1: 0, 2: 1, 3: 4}
+    states = []
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        judge = quarantine(tmp_path)
+        for number in order:
+            judge.drops(ticket(number), failures(number, numbers[number]))
+        judge.end_step(in_flight=())
+        states.append(judge.state(in_flight=()))
+    assert states[0] == states[1] == {"recent": "1100000010001111", "decided": []}
 
 
 # --- the mathematics: the oracle is the group that never had the trajectory ---------------------------------------
@@ -222,7 +239,7 @@ def failing(group_size: int, *numbers: int) -> Any:
 
 def test_a_dropped_group_is_replaced_by_the_next_prompt_and_counted(tmp_path: Path) -> None:
     world = World(failures=failing(2, 0, 3))
-    run = make_run(world, steps=3, quarantine=quarantine(tmp_path, max_fraction=1))
+    run = make_run(world, steps=3, quarantine=quarantine(tmp_path, max_fraction=0.99))
     assert complete(run_loop(run)) == 3
     assert trained(world) == [[1, 2], [4, 5], [6, 7]]
     last = run.observer.metrics[-1]  # type: ignore[attr-defined]
@@ -232,7 +249,7 @@ def test_a_dropped_group_is_replaced_by_the_next_prompt_and_counted(tmp_path: Pa
 
 def test_a_group_with_enough_trajectories_left_is_trained_and_judged_by_their_outcomes(tmp_path: Path) -> None:
     world = World(outcomes=lambda _: (0.0, 1.0, 1.0), failures=lambda one: failures(one.number, one.number == 1))
-    run = make_run(world, steps=1, group_size=3, quarantine=quarantine(tmp_path, max_fraction=1))
+    run = make_run(world, steps=1, group_size=3, quarantine=quarantine(tmp_path, max_fraction=0.99))
     complete(run_loop(run))
     assert trained(world) == [[0, 1]]
     assert run.ledger.goodput.counts["quarantined"] == 3
@@ -252,14 +269,14 @@ def test_a_run_with_failures_that_is_stopped_anywhere_and_resumed_trains_every_p
 ) -> None:
     bad = failing(2, 1, 4, 5, 9)
     straight = World(failures=bad)
-    complete(run_loop(make_run(straight, steps=4, quarantine=quarantine(tmp_path, max_fraction=1))))
+    complete(run_loop(make_run(straight, steps=4, quarantine=quarantine(tmp_path, max_fraction=0.99))))
     ends = set()
     for turns in range(0, 160, 3):
         world, again = (World(dice=random.Random(turns + seed), failures=bad) for seed in (0, 1))
         if turns % 2:
             world.hooks["rollout"] = lose_first
         more: dict[str, Any] = {"steps": 4, "max_staleness": max_staleness, "num_actors": 2}
-        run = make_run(world, quarantine=quarantine(tmp_path, max_fraction=1), **more)
+        run = make_run(world, quarantine=quarantine(tmp_path, max_fraction=0.99), **more)
         last = run_and_act(world, run, turns, lambda _, run=run: run.stop.set())  # type: ignore[misc]
         ends.add(last)
         resumed = make_run(
@@ -268,7 +285,9 @@ def test_a_run_with_failures_that_is_stopped_anywhere_and_resumed_trains_every_p
             cursor=run.prompts.cursor,
             leased=sorted({*run.prompts.returned, *run.ledger.in_flight}),
             num_trained=run.ledger.num_trained,
-            quarantine=Quarantine(run.quarantine.cfg, tmp_path / "again.jsonl", run.quarantine.state()),
+            quarantine=Quarantine(
+                run.quarantine.cfg, tmp_path / "again.jsonl", run.quarantine.state(run.ledger.in_flight)
+            ),
             **more,
         )
         assert complete(run_loop(resumed)) == 4
