@@ -72,7 +72,7 @@ def summarize_run(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, 
         "generated_tokens": int(sum(row.get("tokens/generated", 0) for row in rows)),
         "trained_tokens": int(sum(row.get("tokens/trained", 0) for row in rows)),
         "steps": max((row["step"] for row in rows), default=0),
-        "goodput": next((found for row in reversed(rows) if (found := shares(row))), None),
+        "goodput": _shares_at_the_end(rows),
         "time": time_shares(rows) or None,
         "evaluations": [
             {key: value for key, value in row.items() if key == "step" or key.startswith("eval/")}
@@ -81,6 +81,15 @@ def summarize_run(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, 
         ],
     }
     return summary
+
+
+def _shares_at_the_end(rows: Sequence[Row]) -> dict[str, float] | None:
+    """Share of every fate of a sampled token; what was waiting at the last step is left."""
+    counted = [row for row in rows if row.get("goodput/sampled_tokens")]
+    if not counted:
+        return None
+    found = shares(counted[-1])
+    return {**found, "left": found["left"] + found["waiting"], "waiting": 0.0}
 
 
 def time_shares(rows: Sequence[Row]) -> dict[str, float]:

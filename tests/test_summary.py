@@ -125,7 +125,7 @@ def test_the_goodput_is_that_of_the_last_step_and_times_are_weighed_over_all_ste
         return {"step": number, "idle/learner_fraction": idle, **times, **tokens, "goodput/waiting_tokens": 20}
 
     summary = summarize_run([{"step": 0}, step(1, 4.0, 0.5, 60), step(2, 6.0, 0.25, 140), {"step": 2}], {})
-    assert {fate: share for fate, share in summary["goodput"].items() if share} == {"trained": 0.875, "waiting": 0.125}
+    assert {fate: share for fate, share in summary["goodput"].items() if share} == {"trained": 0.875, "left": 0.125}
     assert summary["time"] == {
         "rollout_wait": pytest.approx(3.5 / 10),
         "update": 0.2,
