@@ -211,7 +211,8 @@ async def roll_out(run: Run, actor: RolloutActor) -> None:
 async def train_loop(run: Run) -> int:
     """Trains step after step. Consumes groups; waits for the oldest ones to be filled; `Buffer.fill` wakes it.
 
-    A step's time runs from the last publish to its own: `step = other + rollout_wait + update + publish`.
+    A step's time runs from the last publish to its own: `step = other + rollout_wait + update + publish`. The learner's idle
+    share is `rollout_wait / step`.
     """
     began = time.perf_counter()
     for step in range(run.first_step, run.last_step + 1):
