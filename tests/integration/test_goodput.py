@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,6 @@ def test_above_the_limit_the_run_ends_with_the_newest_traceback(run: Path, tmp_p
     more = ("--set", "quarantine.max_fraction=0", "--set", f"run.dir={tmp_path / 'run'}")
     code, console = align("train", run.parent / "run.toml", *more, timeout_s=400)
     assert code == 1
-    assert "[REWARD] the reward failed for 1 of the last" in console
+    assert re.search(r"\[REWARD\] the reward failed for \d of the last", console), console[-4000:]
     assert "TimeoutError: no answer within 0.1 s" in console
     assert summary(tmp_path / "run")["status"] == "failed"
