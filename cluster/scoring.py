@@ -74,6 +74,7 @@ class ScorerPool:
         create: Makes the Ray actor of a rank.
         max_restarts: Replacements before the run ends.
         warn: Told of every replacement.
+        now: Seconds of a clock that never goes back.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class ScorerPool:
         create: Callable[[int], Any],
         max_restarts: int,
         warn: Callable[[str], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scorers = scorers
         self.num_restarts = 0
@@ -91,7 +93,8 @@ class ScorerPool:
         self._turn = itertools.count()
         self._replacing = asyncio.Lock()
         self._reference: SavedReference | None = None
-        self._since = time.monotonic()
+        self._now = now
+        self._since = now()
 
     async def load_reference(self, saved: SavedReference) -> None:
         """Bring a reference to all scorers; later replacements take it too, before they serve."""
@@ -111,7 +114,7 @@ class ScorerPool:
 
     def end_step(self) -> list[Metric]:
         """See `cluster.loop.Scorer`. `idle = 1 - time in calls that ended since the last call / (time since then * scorers)`."""
-        now, busy_s = time.monotonic(), sum(scorer.busy_s for scorer in self.scorers)
+        now, busy_s = self._now(), sum(scorer.busy_s for scorer in self.scorers)
         idle = 1 - busy_s / ((now - self._since) * len(self.scorers))
         self._since = now
         for scorer in self.scorers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 import cluster.handles
-from align.metrics import Metric
+from align.metrics import Metric, reduce
 from align.types import Prompt, Ticket
 from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDiverged, WrongWeights
 from cluster.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
@@ -404,6 +405,24 @@ def test_scorers_take_turns() -> None:
         assert [await one.scores for one in scored] == [f"scores of group 5 by {rank}" for rank in (0, 1, 2, 0)]
         assert [one.outcomes for one in scored] == [(0.0,), (0.5,), (1.0,), (0.0,)]
         assert scored[0].ticket == TICKET
+
+    complete(scenario())
+
+
+def test_the_idle_share_of_scorers_is_of_the_time_that_they_measured_since_the_last_step() -> None:
+    now = [100.0]
+    verdict = Verdict((0.5,), began_s=50.0, ended_s=51.5)
+
+    async def scenario() -> None:
+        handles = [ScorerHandle(FakeActor(score=gives(("scores", verdict))), rank, ScorerConfig()) for rank in (0, 1)]
+        scorers = ScorerPool(handles, Scorers().create, 0, print, lambda: now[0])
+        for _ in range(3):
+            scored = await scorers.score(replace(ROLLOUT, spans=(SPAN,)))
+        now[0] += 10
+        assert reduce(scorers.end_step()) == {"idle/scorer_fraction": 1 - 4.5 / 20}
+        now[0] += 10
+        assert reduce(scorers.end_step()) == {"idle/scorer_fraction": 1}
+        assert scored.spans == (SPAN, Span("scorer", 0, 50.0, 51.5))
 
     complete(scenario())
 
