@@ -83,15 +83,18 @@ def test_tokens_and_times_add_up_at_every_step_and_the_trained_ones_are_those_on
         phases = sum(row[f"time/{phase}_s"] for phase in ("other", "rollout_wait", "update", "publish"))
         assert phases == pytest.approx(row["time/step_s"], rel=1e-9)
         for role in ("learner", "rollout", "scorer"):
-            assert 0 <= row[f"idle/{role}_fraction"] < 1
+            assert 0 <= row[f"idle/{role}_fraction"] <= 1
     on_disk = sum(len(row["token_ids"]) for one in trajectories(run).values() for row in one)
     last = rows[-1]
-    assert last["goodput/trained_tokens"] == sum(row["tokens/trained"] for row in rows) < on_disk
+    assert last["goodput/trained_tokens"] == sum(row["tokens/trained"] for row in rows) > 0
     assert last["goodput/trained_tokens"] + last["goodput/masked_tokens"] == on_disk
     assert last["goodput/filtered_tokens"] > 0
     assert last["goodput/quarantined_tokens"] > 0
     figures = summary(run)
     assert sum(figures["goodput"].values()) == pytest.approx(1, abs=1e-12)
+    assert all(figures["time"][f"idle_{role}"] < 1 for role in ("learner", "rollout", "scorer")), (
+        "over the run all worked"
+    )
     assert "Where tokens and time went" in (run / "report.html").read_text()
 
 
