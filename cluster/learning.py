@@ -24,6 +24,7 @@ from align.optimizer import OptimizerConfig
 from align.policy import Policy
 from align.ranks import Meeting, host, join
 from align.rewards.kinds import RewardConfig, verifier_of
+from align.rewards.outcome import DEADLINE_S, verify
 from align.types import FloatArray, Group, Prompt, ScoredGroup, TokenRewards, Trajectory
 from cluster import transcripts
 from cluster.faults import TrainingDiverged
@@ -44,7 +45,8 @@ class Answer:
         kl: Sum over the sampled tokens of the exact KL divergence to the reference, in nats; None without a reference.
         num_tokens: Sampled tokens.
         judged: The judge's verdict, or None without a judge.
-        accuracy: How right the reward's verifier says it is, 0 to 1, or None where nothing verifies.
+        accuracy: How right the reward's verifier says it is, 0 to 1, or None where nothing verifies or the verifier failed.
+        failed: Whether the verifier failed.
     """
 
     prompt: str
@@ -53,6 +55,7 @@ class Answer:
     num_tokens: int
     judged: bool | None
     accuracy: float | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class LearnerActor:
         critic: The critic that the algorithm asks for, or None.
         adapter: What is trained instead of the policy's weights, or None; then `model` is the initial policy always.
         place: Where this rank is, if there are several.
+        verifier_deadline_s: Time for the reward's verifier to judge one answer.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class LearnerActor:
         critic: CriticConfig | None = None,
         adapter: AdapterConfig | None = None,
         place: Place | None = None,
+        verifier_deadline_s: float = DEADLINE_S,
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
         torch.manual_seed(seed)
@@ -152,6 +157,7 @@ class LearnerActor:
         self.sender: Sender | None = None
         self.judge = JUDGES[judge] if judge else None
         self.verifier = verifier_of(reward)
+        self.verifier_deadline_s = verifier_deadline_s
         self.trajectories = trajectories
 
     def ready(self) -> None:
@@ -185,7 +191,7 @@ class LearnerActor:
         """
         half = len(parts) // 2
         pairs = zip(parts[:half], parts[half:], strict=True)
-        groups = [ScoredGroup(group, scores) for group, scores in pairs]  # type: ignore[arg-type]
+        groups = [ScoredGroup(group, scores).judged() for group, scores in pairs]  # type: ignore[arg-type]
         if self.policy.ranks.first:
             transcripts.write(self.trajectories / f"step_{step:05d}.parquet", groups, self.policy.tokenizer, step)
         batch, path = collate(groups), self.trajectories / f"step_{step:05d}_not_finite.safetensors"
@@ -272,13 +278,17 @@ class LearnerActor:
     def _answer(self, prompt: Prompt, trajectory: Trajectory, ref: FloatArray | None) -> Answer:
         completion_ids = trajectory.token_ids[trajectory.loss_mask].tolist()
         completion = self.policy.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        verdict, failure = None, None
+        if self.verifier:
+            verdict, failure = verify(self.verifier, prompt, completion, self.verifier_deadline_s)
         return Answer(
             prompt.text,
             completion,
             None if ref is None else self._kl(trajectory, ref),
             trajectory.num_completion_tokens,
             self.judge(prompt.text + completion) if self.judge else None,
-            self.verifier(prompt, completion) if self.verifier else None,
+            verdict if failure is None else None,
+            failed=failure is not None,
         )
 
     def _kl(self, trajectory: Trajectory, ref: FloatArray) -> float:

@@ -316,6 +316,7 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path, strategy: Any, 
             critic=cfg.critic,
             adapter=cfg.policy.adapter,
             place=place,
+            verifier_deadline_s=cfg.quarantine.deadline_s,
         )
     )
 
@@ -338,6 +339,7 @@ def _create_scorer(cfg: RunConfig, strategy: Any) -> Any:
             cfg=cfg.scorer,
             compute_dtype=cfg.scorer_dtype,
             num_top=cfg.algorithm.num_top,
+            verifier_deadline_s=cfg.quarantine.deadline_s,
         )
     )
 

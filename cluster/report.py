@@ -17,6 +17,8 @@ from markupsafe import Markup
 
 from align.metrics import GLOSSARY, Definition
 from cluster import curves
+from cluster.goodput import FATES
+from cluster.summary import PHASES, ROLES
 
 OUTCOMES = (
     ("KL per token to the reference", "held-out prompts", "kl_per_token", ""),
@@ -167,6 +169,7 @@ def render_page(record: RunRecord, glossary: Mapping[str, Definition], paths: Se
         verdict=verdict(record.summary),
         outcomes=_outcomes(record.summary),
         facts=_facts(record.summary),
+        spent=_spent(record.summary, glossary),
         charts=_charts((*curves.PANELS, *curves.FURTHER_PANELS), record, glossary),
         definitions=[(name, glossary.get(name), points) for name, points in record.series.items()],
         environment=json.dumps(record.environment, indent=2, ensure_ascii=False),
@@ -254,6 +257,29 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     values = [(label, _finite(summary.get(key)), show) for label, key, show in figures]
     return [(label, show(value)) for label, value, show in values if value is not None]
+
+
+def _spent(
+    summary: Mapping[str, Any], glossary: Mapping[str, Definition]
+) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """(title, rows of label, share and meaning): where the tokens went, where the time of the steps went, and who was idle."""
+    fates = {fate: f"goodput/{fate}_tokens" for fate in FATES}
+    phases = {phase: f"time/{phase}_s" for phase in PHASES}
+    idle = {f"idle_{role}": f"idle/{role}_fraction" for role in ROLES}
+    tables = (("Sampled tokens", "goodput", fates), ("Time of the steps", "time", phases), ("Idle", "time", idle))
+    spent = []
+    for title, key, metrics in tables:
+        found = summary.get(key)
+        shares = {name: _finite(found.get(name)) for name in metrics} if isinstance(found, dict) else {}
+        rows = [
+            (name.removeprefix("idle_").replace("_", " "), percent(share), definition.meaning if definition else "")
+            for name, share in shares.items()
+            if share
+            for definition in [glossary.get(metrics[name])]
+        ]
+        if rows:
+            spent.append((title, rows))
+    return spent
 
 
 def _finite(value: object) -> float | None:

@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from cluster.faults import ConfigError
-from cluster.summary import read_rows
+from cluster.goodput import shares
+from cluster.summary import ROLES, read_rows, time_shares
 
 _SHOWN = (
     *("reward/trajectory_mean", "kl/behavior_reference", "policy/entropy", "optimizer/grad_norm", "staleness/max"),
@@ -38,6 +39,9 @@ def status(run: Path) -> Table:
     for name in _SHOWN:
         if values := [row[name] for row in steps if name in row]:
             table.add_row(name, f"{sum(values) / len(values):.4g} (mean of {len(values)} steps)")
+    for name, found in (("sampled tokens", shares(steps[-1] if steps else {})), ("idle", _idle(steps))):
+        if found:
+            table.add_row(name, ", ".join(f"{key} {share:.1%}" for key, share in found.items() if share))
     for row in rows[::-1]:
         if evaluated := {name: value for name, value in row.items() if name.startswith("eval/")}:
             table.add_row(f"evaluation at {row['step']}", ", ".join(f"{k[5:]} {v:.4g}" for k, v in evaluated.items()))
@@ -64,6 +68,11 @@ def _is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _idle(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found = time_shares(steps)
+    return {role: found[f"idle_{role}"] for role in ROLES} if found else {}
 
 
 def _progress(rows: Sequence[Mapping[str, Any]], num_steps: int) -> list[tuple[str, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.faults import INTERRUPTED
 from cluster.filtering import Filter
 from cluster.folder import RunFolder, resolved, write_atomically
+from cluster.goodput import Goodput
 from cluster.inputs import Inputs
 from cluster.ledger import Ledger
-from cluster.loop import Run, run_loop
+from cluster.loop import Rollout, Run, run_loop
 from cluster.memory import MemoryMeter
 from cluster.placement import cluster_address, start_workers
 from cluster.prometheus import PrometheusSink
+from cluster.quarantine import Quarantine
 from cluster.redaction import redact
 from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
@@ -40,7 +44,8 @@ from cluster.sinks import (
     WandbSink,
     entity_of,
 )
-from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
+from cluster.summary import Samples, read_lines, read_rows, seconds_so_far, summarize_run
+from cluster.trace import Trace
 from cluster.wandb_link import known_run_id, whereabouts
 
 
@@ -82,6 +87,7 @@ class Training:
         if cluster_address() is not None:  # a Ray of the run's own serves no metrics
             self.sinks.add(lambda: PrometheusSink(folder.path.name))
         self.samples = Samples(folder.path / "samples.json")
+        self.trace = Trace(folder.path / "trace.json", console.warn) if cfg.run.trace else None
 
     def _record_in_wandb(self, online: bool, earlier: list[dict[str, Any]]) -> WandbSink | None:
         """The W&B run with its artifacts and tables; says where it is."""
@@ -180,16 +186,18 @@ class Training:
             if cfg.reference:
                 await self._reference_samples()
             self.samples.mark_begun()
+        goodput = Goodput.resumed(read_lines(self.folder.path / "metrics.jsonl"), state.version)
         self.run_state = Run(
             prompts=self.stream,
             buffer=Buffer(cfg.run.prompts_per_step, cfg.run.max_staleness),
             fleet=self.workers.fleet,
             scorer=self.workers.scorers,
+            quarantine=Quarantine(cfg.quarantine, self.folder.path / "quarantine.jsonl", state.quarantine),
             filter=self.filter,
             learner=self.workers.learner,
             reference=self.reference,
             observer=self,
-            ledger=Ledger(state.num_trained, state.num_filtered),
+            ledger=Ledger(state.num_trained, state.num_filtered, state.num_quarantined, goodput),
             max_staleness=cfg.run.max_staleness,
             first_step=state.version + 1,
             last_step=cfg.run.steps,
@@ -207,28 +215,56 @@ class Training:
             self.sinks.artifact("policy", self.folder.path / "policy", last)
         return "finished" if finished else "stopped"
 
+    def after_group(self, rollout: Rollout) -> None:
+        """See `cluster.loop.Observer`: into the trace."""
+        if self.trace is None:
+            return
+        ticket = rollout.ticket
+        known = {"ticket": ticket.number, "prompt": ticket.prompt.id, "version": rollout.oldest_version}
+        for span in rollout.spans:
+            self.trace.span(span, f"group {ticket.number}", **known, tokens=rollout.num_tokens)
+        self._count_slots(self.trace)
+
+    def _count_slots(self, trace: Trace) -> None:
+        buffer = self.run_state.buffer
+        used = buffer.num_slots - buffer.num_free
+        trace.counter("slots", time.time(), filled=buffer.num_filled, empty=used - buffer.num_filled)
+
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         """See `cluster.loop.Observer`: evaluate, save and log."""
+        if self.trace:
+            self.trace.step(step, reduce(metrics), time.time())
+            self._count_slots(self.trace)
         cfg = self.cfg
         metrics = [*metrics, Metric("memory/rss_bytes", self.memory.peak_bytes)]
         last = step == cfg.run.steps
         if last or step % cfg.checkpoint.every == 0:
-            began = time.perf_counter()
-            await self._save(step)
-            metrics.append(Metric("time/checkpoint_s", time.perf_counter() - began))
+            with self._timed("checkpoint", step) as timed:
+                await self._save(step)
+            metrics.append(Metric("time/checkpoint_s", timed()))
         if last or step % cfg.evaluation.every == 0:
             await self._evaluate(step, metrics)
         else:
             self.sinks.log(step, reduce(metrics))
 
     async def _evaluate(self, step: int, metrics: list[Metric]) -> None:
-        began = time.perf_counter()
-        for name, answers in (await self.evaluator.evaluate()).items():
-            metrics = [*metrics, *metrics_of(name, answers)]
-            first_answers = answers[:: self.cfg.evaluation.group_size]
-            self.samples.add(name, first_answers, self.cfg.evaluation.num_samples)
-        metrics.append(Metric("time/eval_s", time.perf_counter() - began))
+        with self._timed("evaluation", step) as timed:
+            for name, answers in (await self.evaluator.evaluate()).items():
+                metrics = [*metrics, *metrics_of(name, answers)]
+                first_answers = answers[:: self.cfg.evaluation.group_size]
+                self.samples.add(name, first_answers, self.cfg.evaluation.num_samples)
+        metrics.append(Metric("time/eval_s", timed()))
         self.sinks.log(step, reduce(metrics))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str, step: int) -> Iterator[Callable[[], float]]:
+        """Time the block, for the trace too; gives what says how many seconds it took."""
+        began_s, began = time.time(), time.perf_counter()
+        elapsed_s = 0.0
+        yield lambda: elapsed_s
+        elapsed_s = time.perf_counter() - began
+        if self.trace:
+            self.trace.beside(name, began_s, began_s + elapsed_s, step)
 
     async def _save(self, step: int) -> None:
         run, reference = self.run_state, self.reference.saved
@@ -238,6 +274,8 @@ class Training:
             leased=tuple(sorted([*run.prompts.returned, *run.ledger.in_flight])),
             num_trained=run.ledger.num_trained,
             num_filtered=run.ledger.num_filtered,
+            num_quarantined=run.ledger.num_quarantined,
+            quarantine=run.quarantine.state(run.ledger.in_flight),
             filter=run.filter.state(),
             reference_version=reference.version if reference else 0,
             reference_fingerprint=reference.fingerprint if reference else "",
@@ -276,6 +314,8 @@ class Training:
     def _finish(self, status: str, error: Exception | None) -> None:
         """Summary, report, and the last words on the console."""
         self.sinks.close()
+        if self.trace:
+            self.trace.close()
         path = self.folder.path
         summary = summarize_run(read_rows(path / "metrics.jsonl"), self.samples.content)
         summary |= {
@@ -301,6 +341,7 @@ def _how_to_look(path: Path, report: Path, status: str, in_wandb: str) -> str:
         ("report", f"open {report} in a browser"),
         ("figures", f"cat {path}/summary.json; a line per step in {path}/metrics.jsonl"),
         ("trajectories", f"{path}/trajectories/*.parquet (pandas.read_parquet)"),
+        *([("trace", f"{path}/trace.json (open it in ui.perfetto.dev)")] if (path / "trace.json").is_file() else []),
         ("checkpoints", f"{path}/checkpoints/step_*/policy (Hugging Face folders)"),
         ("W&B", in_wandb),
     ]

@@ -273,6 +273,10 @@ DROPS = ["filter.drop_without_signal=true", "algorithm.name=grpo", "run.group_si
         (["critic.warmup_steps=1"], "the section [critic] is read by algorithm.baseline = 'critic' alone"),
         (["algorithm.num_minibatches=3"], "algorithm.num_minibatches (3) is above the 2 trajectories of a step"),
         (
+            ["run.group_size=4", "reward.kind=exact_match", "algorithm.num_minibatches=5"],
+            "algorithm.num_minibatches (5) is above the 4 trajectories of a step (two of a group where a verifier may fail",
+        ),
+        (
             ["algorithm.name=rloo", "run.group_size=2", "algorithm.kl_target=6", "algorithm.kl_horizon=3"],
             "algorithm.kl_horizon (3) is below the 4 trajectories of a step",
         ),

@@ -106,6 +106,8 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ended(run: Path) -> None:
     rows = [{"step": k, "time/step_s": 2.0, "time/update_s": 0.5, "reward/trajectory_mean": -k} for k in (1, 2)]
     rows[1]["eval/heldout/kl_per_token"] = 0.125
+    rows[1] |= {"goodput/sampled_tokens": 8, "goodput/trained_tokens": 7, "goodput/filtered_tokens": 1}
+    rows[1]["idle/learner_fraction"] = 0.5
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "ended without a word" in shown(status(run))
     with RunFolder(run, config_of(run)).lock():
@@ -113,6 +115,8 @@ def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ende
     assert ": running" in text
     assert "2 of 3; 2.0 s each, 2 s left" in text
     assert "update 25%" in text
+    assert "trained 87.5%, filtered 12.5%" in text
+    assert "learner 25.0%" in text, "of the two steps"
     assert "-1.5 (mean of 2 steps)" in text
     assert "heldout/kl_per_token 0.125" in text
     (run / "summary.json").write_text(json.dumps({"status": "failed", "error": "[RUN] no luck"}))
