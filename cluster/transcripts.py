@@ -1,16 +1,27 @@
-"""Trajectories on disk: one Parquet file per step, one row per trajectory."""
+"""Trajectories on disk: one Parquet file per step, one row per trajectory. A run writes them, `align inspect` reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from align.types import ScoredGroup
+from cluster.faults import ConfigError
+
+Row = dict[str, Any]
+_T = TypeVar("_T")
+_STEP_FILE = re.compile(r"step_(\d+)\.parquet")
+_EXCERPT = 90  # characters of a text in a list
 
 
 def write(path: Path, groups: Sequence[ScoredGroup], tokenizer: Any, step: int) -> None:
@@ -44,5 +55,170 @@ def _rows(scored: ScoredGroup, tokenizer: Any, step: int) -> Iterator[dict[str, 
             "behavior_logprobs": t.behavior_logprobs[mask],
             "ref_logprobs": None if score.ref_logprobs is None else score.ref_logprobs[mask],
             "rewards": score.rewards[mask],
+            "step_ends": None if score.step_ends is None else score.step_ends[mask],
             "versions": np.concatenate([np.full(s.end - s.start, s.version) for s in t.versions]),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """What a list says about one trajectory.
+
+    Attributes:
+        step: The step that learned from it.
+        ticket: Its group.
+        repeat: Its number in the group.
+        prompt_id: The prompt's name.
+        prompt: The prompt.
+        excerpt: The completion, shortened to a line.
+        finish_reason: Why it ended.
+        reward: Sum of its token rewards.
+        num_tokens: Sampled tokens.
+        staleness: Versions between its oldest token and the step.
+        ref_gap: Mean over its tokens of `log mu - log P_ref`, in nats; None without a reference.
+    """
+
+    step: int
+    ticket: int
+    repeat: int
+    prompt_id: str
+    prompt: str
+    excerpt: str
+    finish_reason: str
+    reward: float
+    num_tokens: int
+    staleness: int
+    ref_gap: float | None
+
+
+class Trajectories:
+    """What a run learned from, step by step, as it is on disk now: a run under way adds to it.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    @property
+    def files(self) -> dict[int, Path]:
+        """The file of each step, by step."""
+        named = ((_STEP_FILE.fullmatch(path.name), path) for path in (self.run / "trajectories").glob("step_*"))
+        return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+    def checked(self) -> Trajectories:
+        """This.
+
+        Raises:
+            ConfigError: If there is no step yet.
+        """
+        if not self.files:
+            raise ConfigError(
+                f"{self.run} holds no trajectories", "name a run folder whose first step is over, e.g. runs/demo-…"
+            )
+        return self
+
+    def rows(self, step: int) -> tuple[Row, ...]:
+        """The trajectories of a step, whole.
+
+        Raises:
+            ConfigError: If there is no such step, or its file is damaged.
+        """
+        return _read(_rows_of, self._file(step))
+
+    def briefs(self, step: int) -> tuple[Brief, ...]:
+        """The trajectories of a step, in brief.
+
+        Raises:
+            ConfigError: If there is no such step, or its file is damaged.
+        """
+        return _read(_briefs_of, self._file(step))
+
+    def group(self, step: int, ticket: int) -> list[Row]:
+        """The trajectories of one ticket.
+
+        Raises:
+            ConfigError: If the step did not train it.
+        """
+        rows = self.rows(step)
+        found = [row for row in rows if row["ticket"] == ticket]
+        if not found:
+            tickets = sorted({row["ticket"] for row in rows})
+            raise ConfigError(f"step {step} did not train ticket {ticket}", f"it trained {tickets[0]} to {tickets[-1]}")
+        return found
+
+    def tokenizer(self) -> Any:
+        """That of the run's policy: the final one, a checkpoint's, or the initial one.
+
+        Raises:
+            ConfigError: If none of them is there.
+        """
+        from align.model_folder import load_tokenizer
+
+        initial = Path(tomllib.loads((self.run / "config.toml").read_text(encoding="utf-8"))["policy"]["model"])
+        folders = [self.run / "policy", *sorted(self.run.glob("checkpoints/step_*/policy")), initial]
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        if folder is None:
+            raise ConfigError(
+                f"no tokenizer: neither {self.run} nor {initial} holds one", "run it where the policy's folder is"
+            )
+        return load_tokenizer(folder)
+
+    def _file(self, step: int) -> Path:
+        files = self.files
+        if step not in files:
+            known = f"there are steps {min(files)} to {max(files)}" if files else "no step is over yet"
+            raise ConfigError(f"{self.run} has no step {step}", known)
+        return files[step]
+
+
+def returns(rewards: Sequence[float]) -> list[float]:
+    """Sum of the rewards from each token on, not discounted."""
+    return list(accumulate(reversed(rewards)))[::-1]
+
+
+def excerpt(text: str) -> str:
+    """The text on one line; of a long one the end, where answers are."""
+    line = " ".join(text.split())
+    return line if len(line) <= _EXCERPT else "…" + line[-_EXCERPT + 1 :]
+
+
+def _read(of: Callable[[Path, int], _T], path: Path) -> _T:
+    """By the file's time too: a step that a resumed run wrote again is read again."""
+    try:
+        return of(path, path.stat().st_mtime_ns)
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}", "the files of other steps are not touched by this"
+        ) from None
+
+
+@lru_cache(maxsize=4)
+def _rows_of(path: Path, _modified_ns: int) -> tuple[Row, ...]:
+    return tuple(pyarrow.parquet.read_table(path).to_pylist())
+
+
+@lru_cache(maxsize=2048)
+def _briefs_of(path: Path, _modified_ns: int) -> tuple[Brief, ...]:
+    """Reads token columns as arrays: a list of a long run stays quick."""
+    table = pyarrow.parquet.read_table(path).combine_chunks()
+    names = ("step", "ticket", "repeat", "prompt_id", "prompt", "completion", "finish_reason", "reward")
+    columns = [table.column(name).to_pylist() for name in names]
+    lengths = [len(tokens) for tokens in table.column("token_ids")]
+    oldest = [min(versions.as_py()) for versions in table.column("versions")]
+    gaps = _ref_gaps(table, lengths)
+    return tuple(
+        Brief(step, ticket, repeat, prompt_id, prompt, excerpt(said), reason, reward, length, step - 1 - old, gap)
+        for (step, ticket, repeat, prompt_id, prompt, said, reason, reward), length, old, gap in zip(
+            zip(*columns, strict=True), lengths, oldest, gaps, strict=True
+        )
+    )
+
+
+def _ref_gaps(table: Any, lengths: Sequence[int]) -> list[float | None]:
+    behavior, reference = table.column("behavior_logprobs"), table.column("ref_logprobs")
+    return [
+        None if ref.as_py() is None or not length else float(np.mean(np.subtract(own.as_py(), ref.as_py())))
+        for own, ref, length in zip(behavior, reference, lengths, strict=True)
+    ]

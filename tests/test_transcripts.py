@@ -60,6 +60,7 @@ def test_a_row_says_everything_about_its_trajectory(tmp_path: Path) -> None:
         "behavior_logprobs": [-0.5, -1.0, -1.5],
         "ref_logprobs": [-2.0, -3.0, -4.0],
         "rewards": [2.0, 3.0, 4.0],
+        "step_ends": None,
         "versions": [4, 5, 5],
     }
     assert (short["repeat"], short["seed"], short["finish_reason"]) == (1, 12, "stop")
