@@ -134,13 +134,18 @@ def _scored(rows: Sequence[Row]) -> ScoredGroup:
             prompt.token_ids,
             row["token_ids"],
             row["behavior_logprobs"],
-            [VersionSpan(version, t, t + 1) for t, version in enumerate(row["versions"])],
+            _spans(row["versions"]),
             FinishReason(row["finish_reason"]),
             row["seed"],
         )
         for row in rows
     )
     return ScoredGroup(Group(ticket, trajectories), tuple(map(_rewards, rows)))
+
+
+def _spans(versions: Sequence[int]) -> list[VersionSpan]:
+    ends = [t for t in range(1, len(versions) + 1) if t == len(versions) or versions[t] != versions[t - 1]]
+    return [VersionSpan(versions[start], start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _rewards(row: Row) -> TokenRewards:

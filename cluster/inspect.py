@@ -15,6 +15,7 @@ from cluster.faults import ConfigError
 from cluster.selection import ORDERS, Selection, Summary, ends
 from cluster.transcripts import Brief, Row, Trajectories, excerpt, returns
 
+_SHOWN = 60  # characters of a text in a table
 PULLED = "pull"
 """The order by what moved the loss, beside `ORDERS`."""
 
@@ -123,7 +124,8 @@ def movers(trajectories: Trajectories, step: int, limit: int) -> Table:
 
 
 def _said(brief: Brief) -> Text:
-    return Text(excerpt(brief.prompt)) + Text(" -> ", "dim") + Text(brief.excerpt, "bold")
+    prompt, said = excerpt(brief.prompt, _SHOWN), excerpt(brief.excerpt, _SHOWN)
+    return Text(prompt) + Text(" -> ", "dim") + Text(said, "bold")
 
 
 def side_by_side(rows: Sequence[Row]) -> Table:

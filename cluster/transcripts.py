@@ -21,7 +21,7 @@ from cluster.faults import ConfigError
 Row = dict[str, Any]
 _T = TypeVar("_T")
 _STEP_FILE = re.compile(r"step_(\d+)\.parquet")
-_EXCERPT = 90  # characters of a text in a list
+_EXCERPT = 90  # characters of a text on a line
 
 
 def write(path: Path, groups: Sequence[ScoredGroup], tokenizer: Any, step: int) -> None:
@@ -178,10 +178,10 @@ def returns(rewards: Sequence[float]) -> list[float]:
     return list(accumulate(reversed(rewards)))[::-1]
 
 
-def excerpt(text: str) -> str:
+def excerpt(text: str, limit: int = _EXCERPT) -> str:
     """The text on one line; of a long one the end, where answers are."""
     line = " ".join(text.split())
-    return line if len(line) <= _EXCERPT else "…" + line[-_EXCERPT + 1 :]
+    return line if len(line) <= limit else "…" + line[1 - limit :]
 
 
 def _read(of: Callable[[Path, int], _T], path: Path) -> _T:
@@ -201,24 +201,35 @@ def _rows_of(path: Path, _modified_ns: int) -> tuple[Row, ...]:
 
 @lru_cache(maxsize=2048)
 def _briefs_of(path: Path, _modified_ns: int) -> tuple[Brief, ...]:
-    """Reads token columns as arrays: a list of a long run stays quick."""
-    table = pyarrow.parquet.read_table(path).combine_chunks()
+    """Token columns stay arrays, so that going through a long run takes seconds."""
     names = ("step", "ticket", "repeat", "prompt_id", "prompt", "completion", "finish_reason", "reward")
+    table = pyarrow.parquet.read_table(path, columns=[*names, "versions", "behavior_logprobs", "ref_logprobs"])
     columns = [table.column(name).to_pylist() for name in names]
-    lengths = [len(tokens) for tokens in table.column("token_ids")]
-    oldest = [min(versions.as_py()) for versions in table.column("versions")]
-    gaps = _ref_gaps(table, lengths)
+    versions, starts = _flat(table, "versions")
+    oldest = np.minimum.reduceat(versions, starts[:-1]).tolist()  # every trajectory has a token
+    lengths = np.diff(starts).tolist()
     return tuple(
         Brief(step, ticket, repeat, prompt_id, prompt, excerpt(said), reason, reward, length, step - 1 - old, gap)
         for (step, ticket, repeat, prompt_id, prompt, said, reason, reward), length, old, gap in zip(
-            zip(*columns, strict=True), lengths, oldest, gaps, strict=True
+            zip(*columns, strict=True), lengths, oldest, _ref_gaps(table), strict=True
         )
     )
 
 
-def _ref_gaps(table: Any, lengths: Sequence[int]) -> list[float | None]:
-    behavior, reference = table.column("behavior_logprobs"), table.column("ref_logprobs")
-    return [
-        None if ref.as_py() is None or not length else float(np.mean(np.subtract(own.as_py(), ref.as_py())))
-        for own, ref, length in zip(behavior, reference, lengths, strict=True)
-    ]
+def _flat(table: Any, name: str) -> tuple[Any, Any]:
+    """The values of a column of lists, one after another, and where each row begins, with the end of the last."""
+    lists = table.column(name).combine_chunks()
+    return lists.flatten().to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
+
+
+def _ref_gaps(table: Any) -> list[float | None]:
+    references = table.column("ref_logprobs")
+    if references.null_count == len(references):
+        return [None] * len(references)
+    behavior, starts = _flat(table, "behavior_logprobs")
+    reference, ref_starts = _flat(table, "ref_logprobs")
+    sums = [np.add.reduceat(behavior.astype(np.float64), starts[:-1]), np.zeros(len(references))]
+    known = references.is_valid().to_numpy(zero_copy_only=False)
+    sums[1][known] = np.add.reduceat(reference.astype(np.float64), ref_starts[:-1][known])
+    gaps = (sums[0] - sums[1]) / np.diff(starts)
+    return [float(gap) if there else None for gap, there in zip(gaps, known, strict=True)]

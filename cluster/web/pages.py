@@ -267,12 +267,14 @@ def neighbours(numbers: Sequence[int], number: int) -> tuple[int | None, int | N
 
 def exact(value: float | None) -> str:
     """Three digits after the point, so that a column of numbers is aligned; a dash for None."""
-    return "–" if value is None else _minus(f"{value:.3f}")
+    return "–" if value is None else _minus(f"{value:z.3f}")
 
 
 def scientific(value: float | None, signed: bool = True) -> str:
     """Two digits and a power of ten; a dash for None."""
-    return "–" if value is None else _minus(f"{value:{'+' if signed else ''}.1e}")
+    if value is None or value == 0:
+        return "–" if value is None else "0"
+    return _minus(f"{value:{'+' if signed else ''}.1e}")
 
 
 def _minus(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from http import HTTPStatus
@@ -82,6 +83,10 @@ class _Request(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse  # noqa: N815
 
     def _send(self, answer: Answer) -> None:
+        with contextlib.suppress(ConnectionError):  # the reader went on to another page
+            self._write(answer)
+
+    def _write(self, answer: Answer) -> None:
         self.send_response(answer.status)
         for name, value in (_HEADERS | answer.headers).items():
             self.send_header(name, value)
