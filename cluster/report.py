@@ -36,8 +36,8 @@ LOOK_FURTHER = (
     ),
     (
         "trajectories",
-        "prompts, completions, the reward of every token, what moved the loss: all of it as pages in a browser",
-        "align inspect . --web",
+        "prompts, completions and rewards, as Parquet",
+        "python -c \"import pyarrow.dataset as d; print(d.dataset('trajectories').head(3).to_pylist())\"",
     ),
     ("checkpoints", "what a resumed run starts from", "ls -l checkpoints"),
     (
@@ -179,23 +179,20 @@ def render_page(
         paths: the rows of `LOOK_FURTHER` that the run folder has.
         served: whether `align inspect --web` serves the page, so that it can link to the others.
     """
-    return (
-        templates(Path(__file__).parent)
-        .get_template("report.html.j2")
-        .render(
-            served=served,
-            has_trajectories=any(path == "trajectories" for path, _, _ in paths),
-            record=record,
-            summary=record.summary,
-            verdict=verdict(record.summary),
-            outcomes=_outcomes(record.summary),
-            facts=_facts(record.summary),
-            charts=_charts((*curves.PANELS, *curves.FURTHER_PANELS), record, glossary),
-            definitions=[(name, glossary.get(name), points) for name, points in record.series.items()],
-            environment=json.dumps(record.environment, indent=2, ensure_ascii=False),
-            paths=paths,
-            colors=curves.COLORS,
-        )
+    template = templates(Path(__file__).parent).get_template("report.html.j2")
+    return template.render(
+        record=record,
+        summary=record.summary,
+        verdict=verdict(record.summary),
+        outcomes=_outcomes(record.summary),
+        facts=_facts(record.summary),
+        charts=_charts((*curves.PANELS, *curves.FURTHER_PANELS), record, glossary),
+        definitions=[(name, glossary.get(name), points) for name, points in record.series.items()],
+        environment=json.dumps(record.environment, indent=2, ensure_ascii=False),
+        paths=paths,
+        colors=curves.COLORS,
+        served=served,
+        has_trajectories=any(path == "trajectories" for path, _, _ in paths),
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -189,6 +191,16 @@ def test_without_a_reference_it_is_no_colour_and_no_column(tmp_path: Path) -> No
     page = shown(Pages(folder), "/step/1/ticket/0/repeat/0?colour=reference")
     assert "?colour=reference" not in page.links()
     assert "reference" not in page.text.replace(str(folder), "")
+
+
+def test_the_parts_of_a_composite_reward_stand_beside_it(run: Path, pages: Pages) -> None:
+    path = run / "trajectories" / "step_00003.parquet"
+    table = pyarrow.parquet.read_table(path)
+    parts = pyarrow.array([{"exact_match": 1.0, "overlong": None}, None])
+    pyarrow.parquet.write_table(table.append_column("reward_parts", parts), path)
+    page = shown(pages, "/step/3/ticket/4/repeat/0")
+    assert "Reward: exact_match1" in page.text and "overlong" not in page.text
+    assert "Reward:" not in shown(pages, "/step/3/ticket/4/repeat/1").text
 
 
 def test_without_the_tokenizer_tokens_are_ids_and_the_page_says_so(tmp_path: Path) -> None:

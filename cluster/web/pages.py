@@ -220,7 +220,13 @@ class Pages:
             raise ConfigError(f"ticket {ticket} has no repeat {repeat}", f"it has {len(rows)}, counted from 0")
         row = rows[repeats.index(repeat)]
         (shown,), content = self._shown(step, [row], values)
-        return self._render("trajectory", row=row, tokens=shown, neighbours=neighbours(repeats, repeat), **content)
+        parts = [
+            (f"Reward: {name}", report.number(v))
+            for name, v in (row.get("reward_parts") or {}).items()
+            if v is not None
+        ]
+        content |= {"parts": parts, "neighbours": neighbours(repeats, repeat)}
+        return self._render("trajectory", row=row, tokens=shown, **content)
 
     def _shown(
         self, step: int, rows: Sequence[Row], values: Mapping[str, str]
