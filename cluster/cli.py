@@ -253,8 +253,8 @@ def inspect(
     order: Annotated[
         str | None,
         typer.Option(
-            help="What comes first: highest, lowest, longest, shortest, stalest, farthest (from the reference) or, in a "
-            "step, pull (what moved the loss); left out: the lowest and the highest rewards."
+            help="What comes first: highest, lowest, longest, shortest, stalest, farthest (from the reference), "
+            "drifted (from the sampler) or, in a step, pull (what moved the loss); left out: the lowest and the highest rewards."
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Trajectories shown.")] = 20,

@@ -1,7 +1,7 @@
-"""Who got the credit: advantages of a step's tokens and their pull on its loss, computed again from what is on disk.
+"""Who got the credit: advantages of a step's tokens and their pull on its loss, from what is on disk.
 
-The step's own code (`align.objective`) turns the recorded rewards into advantages under the run's config, so they are those
-that the learner used. Not recorded, and therefore not here: a critic's values and the policy's log-probabilities.
+The advantages are those that the update recorded. An update that did not end has recorded none: then the run's own code
+(`align.objective`) turns the recorded rewards into the same advantages, unless it takes a critic, whose values are not there.
 """
 
 from __future__ import annotations
@@ -93,8 +93,6 @@ def credits(rows: Sequence[Row], algorithm: AlgorithmConfig, kl_coefficient: flo
     Raises:
         CreditUnknown: If they need something that is not recorded.
     """
-    if algorithm.baseline == "critic":
-        raise CreditUnknown("advantages come from a critic here, whose values are not recorded")
     from align.batching import collate
     from align.objective import Objective
 
@@ -103,15 +101,26 @@ def credits(rows: Sequence[Row], algorithm: AlgorithmConfig, kl_coefficient: flo
         objective.kl_coefficient = kl_coefficient
     ordered = sorted(rows, key=lambda row: (row["ticket"], row["repeat"]))
     batch = collate([_scored(list(group)) for _, group in groupby(ordered, key=lambda row: row["ticket"])])
-    try:
-        advantages, _ = objective.advantages(batch)
-    except ValueError as error:
-        raise CreditUnknown(str(error)) from None
+    advantages = _advantages(objective, batch, ordered)
     pulls = _pulls(objective, batch, advantages)
     return {
         (row["ticket"], row["repeat"]): Credit(advantages[index][mask].tolist(), pulls[index][mask].tolist())
         for index, (row, mask) in enumerate(zip(ordered, batch.loss_mask, strict=True))
     }
+
+
+def _advantages(objective: Any, batch: Batch, ordered: Sequence[Row]) -> Any:
+    """[B, T], as recorded or computed again."""
+    if all(row.get("advantages") is not None for row in ordered):
+        advantages = batch.rewards.new_zeros(batch.rewards.shape)
+        advantages[batch.loss_mask] = advantages.new_tensor([value for row in ordered for value in row["advantages"]])
+        return advantages
+    if objective.cfg.baseline == "critic":
+        raise CreditUnknown("the update did not end, and a critic's values are not recorded")
+    try:
+        return objective.advantages(batch)[0]
+    except ValueError as error:
+        raise CreditUnknown(str(error)) from None
 
 
 def _pulls(objective: Any, batch: Batch, advantages: Any) -> Any:

@@ -29,6 +29,7 @@ ORDERS = {
     "shortest": Order("shortest", lambda brief: brief.num_tokens),
     "stalest": Order("stalest", lambda brief: -brief.staleness),
     "farthest": Order("farthest from reference", lambda brief: -abs(brief.ref_gap or 0.0)),
+    "drifted": Order("largest log-ratio", lambda brief: -(brief.log_ratio or 0.0)),
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow
@@ -18,18 +18,37 @@ import pyarrow.parquet
 from align.types import ScoredGroup
 from cluster.faults import ConfigError
 
+if TYPE_CHECKING:
+    from align.learner import UpdateStats
+
 Row = dict[str, Any]
 _T = TypeVar("_T")
 _STEP_FILE = re.compile(r"step_(\d+)\.parquet")
+_COMPARED = ("ref_logprobs", "policy_logprobs")
 _EXCERPT = 90  # characters of a text on a line
 
 
-def write(path: Path, groups: Sequence[ScoredGroup], tokenizer: Any, step: int) -> None:
+def write(
+    path: Path, groups: Sequence[ScoredGroup], tokenizer: Any, step: int, stats: UpdateStats | None = None
+) -> None:
     """Write the trajectories of a step; the file appears complete or not at all.
 
     Per-token columns run over the sampled tokens [C].
+
+    Args:
+        path: The file.
+        groups: What the step learned from.
+        tokenizer: The policy's.
+        step: Its number.
+        stats: What the update made of them; None before it, and what it adds stays empty.
     """
-    table = pyarrow.Table.from_pylist([row for group in groups for row in _rows(group, tokenizer, step)])
+    rows = [row for group in groups for row in _rows(group, tokenizer, step)]
+    masks = [trajectory.loss_mask for group in groups for trajectory in group.group.trajectories]
+    for name in ("advantages", "policy_logprobs"):
+        values = None if stats is None else getattr(stats, name).cpu().numpy()
+        for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+            row[name] = None if values is None else values[index, : len(mask)][mask]
+    table = pyarrow.Table.from_pylist(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     pyarrow.parquet.write_table(table, aside, compression="zstd")
@@ -76,6 +95,7 @@ class Brief:
         num_tokens: Sampled tokens.
         staleness: Versions between its oldest token and the step.
         ref_gap: Mean over its tokens of `log mu - log P_ref`, in nats; None without a reference.
+        log_ratio: The largest `|log pi - log mu|` of its tokens when the update began, in nats; None if that did not end.
     """
 
     step: int
@@ -89,6 +109,7 @@ class Brief:
     num_tokens: int
     staleness: int
     ref_gap: float | None
+    log_ratio: float | None
 
 
 class Trajectories:
@@ -203,15 +224,20 @@ def _rows_of(path: Path, _modified_ns: int) -> tuple[Row, ...]:
 def _briefs_of(path: Path, _modified_ns: int) -> tuple[Brief, ...]:
     """Token columns stay arrays, so that going through a long run takes seconds."""
     names = ("step", "ticket", "repeat", "prompt_id", "prompt", "completion", "finish_reason", "reward")
-    table = pyarrow.parquet.read_table(path, columns=[*names, "versions", "behavior_logprobs", "ref_logprobs"])
+    table = pyarrow.parquet.read_table(path, columns=[*names, "versions", "behavior_logprobs", *_COMPARED])
     columns = [table.column(name).to_pylist() for name in names]
     versions, starts = _flat(table, "versions")
     oldest = np.minimum.reduceat(versions, starts[:-1]).tolist()  # every trajectory has a token
-    lengths = np.diff(starts).tolist()
+    compared = [_differences(table, name) for name in _COMPARED]
+    gaps = [None if found is None else float(np.mean(found)) for found in compared[0]]
+    ratios = [None if found is None else float(np.nanmax(np.abs(found), initial=0.0)) for found in compared[1]]
+    more = zip(np.diff(starts).tolist(), oldest, gaps, ratios, strict=True)
     return tuple(
-        Brief(step, ticket, repeat, prompt_id, prompt, excerpt(said), reason, reward, length, step - 1 - old, gap)
-        for (step, ticket, repeat, prompt_id, prompt, said, reason, reward), length, old, gap in zip(
-            zip(*columns, strict=True), lengths, oldest, _ref_gaps(table), strict=True
+        Brief(
+            step, ticket, repeat, prompt_id, prompt, excerpt(said), reason, reward, length, step - 1 - old, *of_tokens
+        )
+        for (step, ticket, repeat, prompt_id, prompt, said, reason, reward), (length, old, *of_tokens) in zip(
+            zip(*columns, strict=True), more, strict=True
         )
     )
 
@@ -222,14 +248,14 @@ def _flat(table: Any, name: str) -> tuple[Any, Any]:
     return lists.flatten().to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
 
 
-def _ref_gaps(table: Any) -> list[float | None]:
-    references = table.column("ref_logprobs")
-    if references.null_count == len(references):
-        return [None] * len(references)
-    behavior, starts = _flat(table, "behavior_logprobs")
-    reference, ref_starts = _flat(table, "ref_logprobs")
-    sums = [np.add.reduceat(behavior.astype(np.float64), starts[:-1]), np.zeros(len(references))]
-    known = references.is_valid().to_numpy(zero_copy_only=False)
-    sums[1][known] = np.add.reduceat(reference.astype(np.float64), ref_starts[:-1][known])
-    gaps = (sums[0] - sums[1]) / np.diff(starts)
-    return [float(gap) if there else None for gap, there in zip(gaps, known, strict=True)]
+def _differences(table: Any, name: str) -> list[Any]:
+    """Of each row the behaviour's log-probabilities less those of another column [C]; None where it has none."""
+    if name not in table.column_names or table.column(name).null_count == table.num_rows:
+        return [None] * table.num_rows
+    (behavior, starts), (other, other_starts) = _flat(table, "behavior_logprobs"), _flat(table, name)
+    return [
+        behavior[start:end].astype(np.float64) - other[other_start : other_start + end - start] if there else None
+        for start, end, other_start, there in zip(
+            starts[:-1], starts[1:], other_starts[:-1], table.column(name).is_valid().to_pylist(), strict=True
+        )
+    ]

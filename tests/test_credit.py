@@ -14,6 +14,7 @@ from align import losses, surrogates
 from align.algorithms import AlgorithmConfig
 from align.batching import collate
 from align.bundles import BUNDLES
+from align.learner import UpdateStats
 from align.objective import Objective
 from align.types import ScoredGroup, TokenRewards
 from cluster import transcripts
@@ -118,13 +119,22 @@ def test_trajectories_without_loss_pull_at_nothing_and_count_nowhere(tmp_path: P
     assert pulls[0, 0].advantages == everything[0, 0].advantages != [0.0]
 
 
+def test_what_the_update_recorded_goes_before_what_could_be_computed_again(tmp_path: Path) -> None:
+    scored = groups()
+    advantages = torch.randn(collate(scored).rewards.shape, generator=torch.Generator().manual_seed(0))
+    stats = UpdateStats([], 0, False, advantages, torch.zeros_like(advantages))
+    transcripts.write(tmp_path / "step.parquet", scored, character_tokenizer(), 1, stats)
+    found = credits(pyarrow.parquet.read_table(tmp_path / "step.parquet").to_pylist()[::-1], algorithm(name="ppo"))
+    assert {key: credit.advantages for key, credit in found.items()} == by_key(scored, advantages)
+
+
 def test_the_pull_of_a_trajectory_is_the_sum_of_sizes() -> None:
     assert Credit([1.0, -1.0], [0.25, -0.5]).pull == 0.75
 
 
 def test_what_the_files_do_not_hold_is_said(tmp_path: Path) -> None:
     found = rows(tmp_path / "step.parquet", groups())
-    with pytest.raises(CreditUnknown, match="critic here, whose values are not recorded"):
+    with pytest.raises(CreditUnknown, match="the update did not end, and a critic's values are not recorded"):
         credits(found, algorithm(name="ppo"))
     for row in found:
         row["ref_logprobs"] = None

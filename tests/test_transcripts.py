@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
+from align.learner import UpdateStats
 from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
 from cluster import transcripts
 
@@ -61,6 +64,8 @@ def test_a_row_says_everything_about_its_trajectory(tmp_path: Path) -> None:
         "ref_logprobs": [-2.0, -3.0, -4.0],
         "rewards": [2.0, 3.0, 4.0],
         "step_ends": None,
+        "advantages": None,
+        "policy_logprobs": None,
         "versions": [4, 5, 5],
     }
     assert (short["repeat"], short["seed"], short["finish_reason"]) == (1, 12, "stop")
@@ -112,6 +117,20 @@ def test_in_brief_a_trajectory_says_what_a_list_needs(tmp_path: Path) -> None:
     assert long.ref_gap == pytest.approx((-0.5 - 1.0 - 1.5 + 2 + 3 + 4) / 3)
     assert short.ref_gap == pytest.approx((-0.5 - 1.0 + 2 + 3) / 2)
     assert unreferenced.ref_gap is None
+    assert long.log_ratio is None, "the update has not ended"
+
+
+def test_after_the_update_each_token_has_its_advantage_and_the_log_ratio(tmp_path: Path) -> None:
+    group = scored_group()
+    advantages = torch.arange(10.0).reshape(2, 5)
+    policy = torch.tensor([[0, 0, -0.5, -1.25, math.nan], [0, 0, -0.5, -3.0, 0]])
+    path = tmp_path / "trajectories" / "step_00006.parquet"
+    transcripts.write(path, [group], FakeTokenizer(), 6, UpdateStats([], 4, False, advantages, policy))
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert [row["advantages"] for row in rows] == [[2, 3, 4], [7, 8]]
+    assert rows[1]["policy_logprobs"] == [-0.5, -3.0]
+    assert rows[0]["policy_logprobs"] == [-0.5, -1.25, pytest.approx(math.nan, nan_ok=True)], "it carried no loss"
+    assert [brief.log_ratio for brief in transcripts.Trajectories(tmp_path).briefs(6)] == [0.25, 2.0]
 
 
 def test_where_no_trajectory_was_judged_by_a_reference_none_is_far_from_it(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_the_steps_come_newest_first_with_their_figures(pages: Pages) -> None:
     assert "3 of 4 steps so far" in page.text
     assert "0.125" in page.text, "the gradient norm of metrics.jsonl"
     assert "stalest" in page.text and "2 versions" in page.text
+    assert "largest log-ratio" in page.text and "0.2 nats" in page.text
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ def test_the_steps_come_newest_first_with_their_figures(pages: Pages) -> None:
         ("first_step=2&last_step=2&max_reward=0", ["2/2/1", "2/3/0", "2/3/1"]),
         ("min_staleness=1", ["3/4/0", "3/4/1"]),
         ("min_staleness=&prompt=another&order=longest&page=", ["3/4/0", "3/4/1", "2/3/0", "2/3/1"]),
+        ("prompt=another&order=drifted", ["3/4/0", "3/4/1", "2/3/0", "2/3/1"]),
         ("prompt=nobody", []),
     ],
 )
@@ -173,16 +175,16 @@ def test_a_group_stands_side_by_side_and_leads_to_its_tokens(pages: Pages) -> No
     assert "/step/1/ticket/0?colour=reward" in page.links()
 
 
-@pytest.mark.parametrize("measure", ["advantage", "pull", "reward", "return", "logprob", "reference"])
+@pytest.mark.parametrize("measure", ["advantage", "pull", "reward", "return", "logratio", "logprob", "reference"])
 def test_every_measure_colours_the_tokens_and_stands_in_the_table(pages: Pages, measure: str) -> None:
-    page = shown(pages, f"/step/1/ticket/1/repeat/1?colour={measure}")
+    page = shown(pages, f"/step/3/ticket/4/repeat/1?colour={measure}")
     current = [a["href"] for tag, a in page.elements if tag == "a" and a.get("aria-current") == "true"]
     assert current == [f"?colour={measure}"]
     marked = [a for tag, a in page.elements if tag == "a" and str(a.get("href")).startswith("#t")]
-    assert len(marked) == 5
+    assert len(marked) == 8
     levels = [str(a["class"]) for a in marked]
     assert f"p{LEVELS}" in levels or f"n{LEVELS}" in levels, "the largest size has the strongest colour"
-    assert [a["id"] for tag, a in page.elements if tag == "tr" and "id" in a] == [f"t{k}" for k in range(5)]
+    assert [a["id"] for tag, a in page.elements if tag == "tr" and "id" in a] == [f"t{k}" for k in range(8)]
 
 
 def test_without_a_reference_it_is_no_colour_and_no_column(tmp_path: Path) -> None:
@@ -219,9 +221,12 @@ def test_a_step_says_what_moved_its_loss_and_by_which_formula(pages: Pages) -> N
     assert [link for link in page.links() if link.endswith("?colour=pull#t2")]
 
 
-def test_a_critic_leaves_advantages_unknown_and_the_rest_in_place(tmp_path: Path) -> None:
+def test_a_critic_leaves_advantages_of_an_unfinished_update_unknown_and_the_rest_in_place(tmp_path: Path) -> None:
     critic = {"algorithm": {"name": "ppo"}, "critic": {"optimizer": {"lr": 1e-4}}}
-    pages = Pages(web_runs.write(tmp_path / "run", tmp_path / "nowhere", **critic))
+    folder = web_runs.write(tmp_path / "run", tmp_path / "nowhere", **critic)
+    web_runs.add_step(folder, 1, [web_runs.scored(1, "p", [2, 5])], ended=False)
+    pages = Pages(folder)
+    assert "?colour=pull" in shown(pages, "/step/2/ticket/3").links(), "of an update that ended they are recorded"
     assert "values are not recorded" in shown(pages, "/step/1").text
     page = shown(pages, "/step/1/ticket/1/repeat/0")
     assert "Advantages are not shown" in page.text

@@ -9,6 +9,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from align.algorithms import AlgorithmConfig
+from align.batching import collate
+from align.learner import UpdateStats
+from align.objective import Objective
 from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
 from cluster import transcripts
 from cluster.folder import RunFolder
@@ -66,9 +70,15 @@ def write(folder: Path, model: Path, **sections: dict[str, object]) -> Path:
     return folder
 
 
-def add_step(folder: Path, step: int, groups: list[ScoredGroup]) -> None:
-    """One more step is over."""
-    transcripts.write(folder / "trajectories" / f"step_{step:05d}.parquet", groups, hostile_tokenizer(), step)
+def add_step(folder: Path, step: int, groups: list[ScoredGroup], ended: bool = True) -> None:
+    """One more step is over, or has begun its update."""
+    batch = collate(groups)
+    ratios = (batch.versions - step + 1) / 10  # none for fresh tokens
+    stats = UpdateStats(
+        [], 0, False, Objective(AlgorithmConfig()).advantages(batch)[0], batch.behavior_logprobs + ratios
+    )
+    path = folder / "trajectories" / f"step_{step:05d}.parquet"
+    transcripts.write(path, groups, hostile_tokenizer(), step, stats if ended else None)
 
 
 def save_tokenizer(folder: Path) -> None:

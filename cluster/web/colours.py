@@ -29,6 +29,11 @@ MEASURES = {
     "pull": Measure("pull", f"{PULL}. {PULL_MEANING}"),
     "reward": Measure("reward", "What the reward gave to the token itself."),
     "return": Measure("return", "Rewards from the token to the end, not discounted."),
+    "logratio": Measure(
+        "log-ratio",
+        "log π − log μ: the policy when the update began, less the sampler. Fresh tokens show the mismatch of engine and "
+        "learner, stale ones how far the policy has moved since.",
+    ),
     "logprob": Measure("log-prob", "Log-probability when the token was sampled, in nats; 0 is certain."),
     "reference": Measure("reference", "Log-probability under the reference, in nats; 0 is certain."),
 }

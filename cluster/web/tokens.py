@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ def tokens(row: Row, tokenizer: Any, credit: Credit | None) -> list[Token]:
         "pull": credit.pulls if credit else unknown,
         "reward": row["rewards"],
         "return": returns(row["rewards"]),
+        "logratio": _log_ratios(row) or unknown,
         "logprob": row["behavior_logprobs"],
         "reference": row["ref_logprobs"] or unknown,
     }
@@ -55,6 +57,12 @@ def tokens(row: Row, tokenizer: Any, credit: Credit | None) -> list[Token]:
         )
         for number, token_id in enumerate(row["token_ids"])
     ]
+
+
+def _log_ratios(row: Row) -> list[float | None]:
+    """None for a token without loss; nothing if the update did not end."""
+    pairs = zip(row.get("policy_logprobs") or [], row["behavior_logprobs"], strict=False)
+    return [None if math.isnan(policy) else policy - behavior for policy, behavior in pairs]
 
 
 def visible(text: str) -> str:
