@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 from cluster.web.colours import LEVELS
 from cluster.web.server import Server
@@ -41,9 +43,13 @@ def browser() -> Iterator[Chrome]:
         yield found
 
 
-def one(browser: Chrome, selector: str) -> str:
-    """Text of the first element."""
-    return browser.find_element(By.CSS_SELECTOR, selector).text
+def wait(browser: Chrome, selector: str, start: str) -> None:
+    """Until the first such element of the page that comes begins with this text."""
+    passing = (NoSuchElementException, StaleElementReferenceException)
+    found = WebDriverWait(browser, 30, ignored_exceptions=passing)
+    found.until(
+        lambda page: page.find_element(By.CSS_SELECTOR, selector).text.startswith(start), f"{selector}: {start}"
+    )
 
 
 def click(browser: Chrome, text: str) -> None:
@@ -79,11 +85,13 @@ def test_a_reader_goes_from_the_steps_to_a_token_and_colours_it(browser: Chrome,
     resize(browser, 1280, 900)
     browser.get(served.url)
     click(browser, "1")
-    assert one(browser, "h1") == "Step 1"
+    wait(browser, "h1", "Step 1")
     browser.find_element(By.CSS_SELECTOR, "a[href='/step/1/ticket/0']").click()
-    assert one(browser, "h1") == "One prompt, 2 trajectories"
+    wait(browser, "h1", "One prompt, 2 trajectories")
     click(browser, "repeat 0")
+    wait(browser, "h1", "Token by token")
     click(browser, "log-prob")
+    wait(browser, ".switch a[aria-current]", "log-prob")
     tokens = browser.find_elements(By.CSS_SELECTOR, ".said .tokens a")
     assert [token.text for token in tokens if token.text != "↵"][:3] == list(PIECES[:3])
     strongest = [token.value_of_css_property("background-color") for token in tokens][-1]
@@ -92,7 +100,7 @@ def test_a_reader_goes_from_the_steps_to_a_token_and_colours_it(browser: Chrome,
     assert (legend.text, swatch.value_of_css_property("background-color")) == ("−0.9", strongest)
     assert "log-prob -0.9" in str(tokens[-1].get_attribute("title"))
     tokens[2].click()
-    assert browser.current_url.endswith("#t2")
+    wait(browser, "tr:target td", "2")
     row = browser.find_element(By.CSS_SELECTOR, "tr:target")
     assert PIECES[2] in row.text and "−0.300" in row.text
 
@@ -102,16 +110,16 @@ def test_the_form_finds_what_its_fields_say(browser: Chrome, served: Server) -> 
     browser.find_element(By.NAME, "prompt").send_keys("quiet")
     browser.find_element(By.CSS_SELECTOR, "select[name=ending] option:nth-child(3)").click()
     browser.find_element(By.CSS_SELECTOR, "button[type=submit]").click()
-    assert one(browser, ".found").startswith("2 match")
+    wait(browser, ".found", "2 match")
     assert browser.find_element(By.NAME, "prompt").get_attribute("value") == "quiet"
     click(browser, "clear")
-    assert one(browser, ".found").startswith("10 match")
+    wait(browser, ".found", "10 match")
 
 
 def test_the_report_leads_to_what_was_learned_from_its_prompt(browser: Chrome, served: Server) -> None:
     browser.get(served.url + "/report")
     click(browser, "its trajectories")
-    assert one(browser, ".found").startswith("2 match")
+    wait(browser, ".found", "2 match")
 
 
 @pytest.mark.parametrize("dark", [False, True])
