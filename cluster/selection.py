@@ -28,7 +28,7 @@ ORDERS = {
     "longest": Order("longest", lambda brief: -brief.num_tokens),
     "shortest": Order("shortest", lambda brief: brief.num_tokens),
     "stalest": Order("stalest", lambda brief: -brief.staleness),
-    "farthest": Order("farthest from reference", lambda brief: -abs(brief.ref_gap or 0.0)),
+    "farthest": Order("far from reference", lambda brief: -abs(brief.ref_gap or 0.0)),
     "drifted": Order("largest log-ratio", lambda brief: -(brief.log_ratio or 0.0)),
 }
 
