@@ -258,7 +258,7 @@ def status(
             screen.update(table(run))
 
 
-@app.command(epilog="Example: align inspect runs/demo-20261125-101500 --step 12 --ticket 731 --repeat 2")
+@app.command(epilog="Example: align inspect runs/demo-20261125-101500 --step 12 --ticket 731 --repeat 2 --web")
 def inspect(
     run: Run,
     step: Annotated[int | None, typer.Option(help="Trajectories of this step; left out: a line per step.")] = None,
@@ -266,14 +266,38 @@ def inspect(
     repeat: Annotated[int | None, typer.Option(help="One trajectory of the group, token by token.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Only prompts with this id, or with this text in them.")] = None,
     ending: Annotated[str | None, typer.Option(help="Only trajectories that ended so: stop or length.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Trajectories shown: the lowest and the highest rewards.")] = 20,
+    min_reward: Annotated[float | None, typer.Option(help="Only rewards from here on.")] = None,
+    max_reward: Annotated[float | None, typer.Option(help="Only rewards up to here.")] = None,
+    min_staleness: Annotated[
+        int | None, typer.Option(help="Only trajectories at least this many versions old.")
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            help="What comes first: highest, lowest, longest, shortest, stalest, farthest (from the reference), "
+            "drifted (from the sampler) or, in a step, pull (what moved the loss); left out: the lowest and the highest rewards."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Trajectories shown.")] = 20,
+    web: Annotated[bool, typer.Option("--web", help="Serve pages to a browser on this machine until Ctrl-C.")] = False,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of --web; left out: 8440 or a free one.")
+    ] = None,
 ) -> None:
-    """What a run learned from: steps, their extremes, the answers to one prompt, the reward of every token."""
+    """What a run learned from: steps, their extremes, the answers to one prompt, the numbers of every token."""
+    from cluster.selection import Selection
+
+    chosen = Selection(step, step, prompt, ending, min_reward, max_reward, min_staleness)
+    if web:
+        from cluster.web.server import serve
+
+        serve(run, port, chosen, ticket, repeat, order, typer.echo)
+        return
     from rich.console import Console
 
     from cluster.inspect import view
 
-    Console().print(view(run, step, ticket, repeat, prompt, ending, limit))
+    Console().print(view(run, chosen, ticket, repeat, order, limit))
 
 
 @app.command(epilog="Example: align dashboard --entity my-team --project align --report")

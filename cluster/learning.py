@@ -17,7 +17,7 @@ from align.algorithms import AlgorithmConfig
 from align.batching import Batch, collate
 from align.critic import Critic, CriticConfig
 from align.judges import JUDGES
-from align.learner import Learner, LearnerConfig, NonFiniteUpdates
+from align.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
 from align.losses import exact_kl
 from align.metrics import Metric
 from align.optimizer import OptimizerConfig
@@ -192,8 +192,7 @@ class LearnerActor:
         half = len(parts) // 2
         pairs = zip(parts[:half], parts[half:], strict=True)
         groups = [ScoredGroup(group, scores).judged() for group, scores in pairs]  # type: ignore[arg-type]
-        if self.policy.ranks.first:
-            transcripts.write(self.trajectories / f"step_{step:05d}.parquet", groups, self.policy.tokenizer, step)
+        self._record(step, groups)  # before the update, which may fail
         batch, path = collate(groups), self.trajectories / f"step_{step:05d}_not_finite.safetensors"
         try:
             stats = self.learner.update(batch)
@@ -203,7 +202,13 @@ class LearnerActor:
             raise TrainingDiverged(str(error), advice) from None
         if stats.skipped:
             self._keep(batch, path)
+        self._record(step, groups, stats)
         return stats.metrics
+
+    def _record(self, step: int, groups: Sequence[ScoredGroup], stats: UpdateStats | None = None) -> None:
+        if self.policy.ranks.first:
+            path = self.trajectories / f"step_{step:05d}.parquet"
+            transcripts.write(path, groups, self.policy.tokenizer, step, stats)
 
     def _keep(self, batch: Batch, path: Path) -> None:
         if self.policy.ranks.first:

@@ -85,11 +85,15 @@ def write_report(run_dir: Path, glossary: Mapping[str, Definition] = GLOSSARY) -
     picture.unlink(missing_ok=True)
     if panels := curves.present(curves.PANELS, record.series):
         picture.write_text(curves.draw_picture(panels, record.series, _target(record)), encoding="utf-8")
-    paths = [row for row in LOOK_FURTHER if (run_dir / row[0]).exists()]
     page = run_dir / "report.html"
     # JSON can hold lone surrogates and UTF-8 cannot: they become question marks.
-    page.write_bytes(render_page(record, glossary, paths).encode("utf-8", errors="replace"))
+    page.write_bytes(render_page(record, glossary, paths_of(run_dir)).encode("utf-8", errors="replace"))
     return page
+
+
+def paths_of(run_dir: Path) -> list[tuple[str, str, str]]:
+    """The rows of `LOOK_FURTHER` that the folder has."""
+    return [row for row in LOOK_FURTHER if (run_dir / row[0]).exists()]
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -156,14 +160,29 @@ def _read_samples(path: Path, notes: list[str]) -> dict[str, list[dict[str, Any]
     return {str(name): [row for row in rows if isinstance(row, dict)] for name, rows in sets.items() if rows}
 
 
-def render_page(record: RunRecord, glossary: Mapping[str, Definition], paths: Sequence[tuple[str, str, str]]) -> str:
-    """Renders the page; `paths` are the rows of `LOOK_FURTHER` that the run folder has."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+def templates(*folders: Path) -> jinja2.Environment:
+    """Templates that escape everything; what a template names and nobody gave is an error."""
+    loader = jinja2.FileSystemLoader(folders)
     env = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters["number"] = number
-    return env.get_template("report.html.j2").render(
+    env.filters |= {"number": number, "percent": percent}
+    return env
+
+
+def render_page(
+    record: RunRecord, glossary: Mapping[str, Definition], paths: Sequence[tuple[str, str, str]], served: bool = False
+) -> str:
+    """Renders the page.
+
+    Args:
+        record: what the run folder holds.
+        glossary: what each metric means.
+        paths: the rows of `LOOK_FURTHER` that the run folder has.
+        served: whether `align inspect --web` serves the page, so that it can link to the others.
+    """
+    template = templates(Path(__file__).parent).get_template("report.html.j2")
+    return template.render(
         record=record,
         summary=record.summary,
         verdict=verdict(record.summary),
@@ -175,6 +194,8 @@ def render_page(record: RunRecord, glossary: Mapping[str, Definition], paths: Se
         environment=json.dumps(record.environment, indent=2, ensure_ascii=False),
         paths=paths,
         colors=curves.COLORS,
+        served=served,
+        has_trajectories=any(path == "trajectories" for path, _, _ in paths),
     )
 
 

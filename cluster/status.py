@@ -32,7 +32,7 @@ def status(run: Path) -> Table:
         raise ConfigError(f"{run} holds no run", "name a run folder, e.g. runs/demo-…")
     cfg = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    table = Table(title=f"{cfg['run']['name']} in {run}: {_state(run)}", show_header=False, box=None)
+    table = Table(title=f"{cfg['run']['name']} in {run}: {state(run)}", show_header=False, box=None)
     for name, value in _progress(rows, cfg["run"]["steps"]):
         table.add_row(name, value)
     steps = [row for row in rows if "time/step_s" in row][-_RECENT:]
@@ -49,7 +49,8 @@ def status(run: Path) -> Table:
     return table
 
 
-def _state(run: Path) -> str:
+def state(run: Path) -> str:
+    """Whether the run of a folder is running, how it ended, or that it ended without a word."""
     if _is_locked(run / ".lock"):
         return "running"
     if not (run / "summary.json").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from align.metrics import GLOSSARY
+from cluster.credit import step_credits
 from cluster.sinks.tables import TABLE
 from cluster.summary import read_rows
+from cluster.transcripts import Trajectories
 from tests.integration.runs import DEMO, align, summary, trajectories
 from tests.wandb_files import wandb_rows
 
@@ -163,6 +166,15 @@ def test_rewards_on_disk_are_reference_minus_behavior(demo: tuple[Path, str]) ->
     for row in trajectories(demo[0])[1]:
         expected = [ref - own for ref, own in zip(row["ref_logprobs"], row["behavior_logprobs"], strict=True)]
         assert row["rewards"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_advantages_computed_again_from_the_files_are_those_that_the_learner_had(demo: tuple[Path, str]) -> None:
+    found = Trajectories(demo[0])
+    logged = [json.loads(line) for line in (demo[0] / "metrics.jsonl").read_text().splitlines()]
+    by_step = {row["step"]: row["advantage/std"] for row in logged if "advantage/std" in row}
+    for step in (1, 50, 100):
+        advantages = [value for credit in step_credits(found, step).values() for value in credit.advantages]
+        assert statistics.pstdev(advantages) == pytest.approx(by_step[step], rel=1e-5)
 
 
 def test_the_exported_policy_is_what_transformers_loads_and_the_report_shows(demo: tuple[Path, str]) -> None:
