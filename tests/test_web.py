@@ -199,7 +199,7 @@ def test_the_parts_of_a_composite_reward_stand_beside_it(run: Path, pages: Pages
     path = run / "trajectories" / "step_00003.parquet"
     table = pyarrow.parquet.read_table(path)
     parts = pyarrow.array([{"exact_match": 1.0, "overlong": None}, None])
-    pyarrow.parquet.write_table(table.append_column("reward_parts", parts), path)
+    pyarrow.parquet.write_table(table.drop_columns("reward_parts").append_column("reward_parts", parts), path)
     page = shown(pages, "/step/3/ticket/4/repeat/0")
     assert "Reward: exact_match1" in page.text and "overlong" not in page.text
     assert "Reward:" not in shown(pages, "/step/3/ticket/4/repeat/1").text
