@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.batching import Batch, micro_batches
+from align.batching import Batch
 from align.policy import Policy
 from align.prompts import derive_seed
+
+Cut = Callable[[Sequence[int]], Sequence[Sequence[int]]]
 
 
 def minibatches(num_trajectories: int, num_epochs: int, num_minibatches: int, version: int) -> Iterator[list[int]]:
@@ -44,17 +46,21 @@ def minibatches(num_trajectories: int, num_epochs: int, num_minibatches: int, ve
 
 
 @torch.no_grad()
-def old_logprobs(policy: Policy, batch: Batch, max_tokens: int, **sampling: Any) -> Tensor:
-    """Log-probabilities of the batch under the policy as it is, in micro-batches of `max_tokens`. [B, T], 0 at padding.
+def old_logprobs(policy: Policy, batch: Batch, cut: Cut, packed: bool, **sampling: Any) -> Tensor:
+    """Log-probabilities of the batch's loss tokens under the policy as it is, every rank its share. [B, T], 0 elsewhere.
 
     Args:
         policy: The policy.
         batch: The batch.
-        max_tokens: Padded tokens per forward pass.
+        cut: Cuts trajectories of these lengths into micro-batches of their numbers.
+        packed: Whether a micro-batch goes through the model as one row; see `Policy.states`.
         sampling: Temperature, top_k and top_p of the sampler, as `Policy.token_logprobs` takes them.
     """
     result = torch.zeros_like(batch.behavior_logprobs)
-    for rows in micro_batches(batch.lengths.tolist(), max_tokens):
-        part = batch.rows(rows)
-        result[rows, : part.token_ids.shape[1]] = policy.token_logprobs(part.token_ids, **sampling).logprobs
-    return result
+    for one in policy.ranks.passes(batch.lengths.tolist(), cut):
+        part = batch.rows(one.rows)
+        lengths = part.lengths if packed else None
+        output = policy.token_logprobs(part.token_ids, wanted=part.loss_mask, lengths=lengths, **sampling)
+        if one.counts:
+            result[one.rows, : part.token_ids.shape[1]] = output.logprobs
+    return policy.ranks.sum(result)

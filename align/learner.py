@@ -186,7 +186,7 @@ class Learner:
             metrics = critic_metrics(batch)
         batch, mask_metrics = self.objective.with_loss(batch)
         if cfg.proximal == "recomputed" and cfg.num_epochs * cfg.num_minibatches > 1:
-            old = old_logprobs(self.policy, batch, self.cfg.max_tokens_per_micro_batch, **self.sampling)
+            old = old_logprobs(self.policy, batch, self._micro_batches, self._packs, **self.sampling)
             batch = replace(batch, old_logprobs=old)
         return batch, [*metrics, *mask_metrics]
 

@@ -11,8 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from align.ranks import like, named_shards, whole
+from align.moments import Moments
+from align.ranks import like, named_shards, of_all, own_shard, whole
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,6 +36,15 @@ class OptimizerConfig(BaseModel):
         "constant", description="After warm-up, towards min_lr_ratio."
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step over the peak.")
+    moments: Literal["float32", "8bit"] = Field(
+        "float32",
+        description="How Adam's two moments are kept between steps; in 8 bits they take 2 bytes and a little instead of 8 per "
+        "number, rounded block by block (the extra optim8bit).",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep the moments in host memory between steps, on a GPU: the same numbers, for two copies a step.",
+    )
 
 
 def lr_factor(step: int, num_steps: int, cfg: OptimizerConfig) -> float:
@@ -66,6 +77,7 @@ class Optimizer:
             {"params": [p for p in self.parameters if p.dim() <= 1], "weight_decay": 0.0},  # norms and biases
         ]
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+        self.moments = Moments(eight_bits=cfg.moments == "8bit", offload=cfg.offload)
 
     def clip(self) -> float:
         """Scale the gradient to at most `max_grad_norm`; returns its norm before."""
@@ -79,7 +91,37 @@ class Optimizer:
         """Apply Adam to the gradient, at the learning rate of step 1..num_steps."""
         for group in self.adam.param_groups:
             group["lr"] = self.lr(step)
-        self.adam.step()
+        if self.moments.as_adam_has_them:
+            self.adam.step()
+        else:
+            self._step_one_by_one()
+
+    @torch.no_grad()
+    def _step_one_by_one(self) -> None:
+        """Adam's step with the moments of one parameter at a time taken from where they are kept, and put back."""
+        for group in self.adam.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                own = own_shard(parameter)
+                state = self.moments.taken(self.adam.state[parameter], own)
+                adamw(
+                    [own],
+                    [own_shard(parameter.grad)],
+                    [state["exp_avg"]],
+                    [state["exp_avg_sq"]],
+                    [],
+                    [state["step"]],
+                    amsgrad=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+                self.adam.state[parameter] = self.moments.kept(state)
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
@@ -96,7 +138,7 @@ class Optimizer:
         tensors = {"owner": state}
         for name, parameter in self._named_parameters():
             for key, value in self.adam.state[parameter].items():
-                full = whole(value)
+                full = whole(of_all(value, parameter))
                 if write:
                     tensors[f"{key}.{name}"] = full.cpu()
         if write:
@@ -106,19 +148,30 @@ class Optimizer:
         """Take up what `save` wrote; returns the owner's state.
 
         Raises:
-            ValueError: If the file holds state of a parameter that the policy does not train.
+            ValueError: If the file holds state of a parameter that the policy does not train, or moments kept in another form.
         """
         tensors = load_file(path)
         owned: Tensor = tensors.pop("owner")
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        known = {f"{key}.{name}" for name, _ in self._named_parameters() for key in keys}
-        if foreign := sorted(set(tensors) - known):
-            raise ValueError(f"{path} holds state of {foreign[0]}, which this policy does not train; restore its own")
         for name, parameter in self._named_parameters():
-            state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
-            if state:
-                self.adam.state[parameter] = {k: v if k == "step" else like(v, parameter) for k, v in state.items()}
+            keys = ("step", *self.moments.keys(parameter))
+            state = {key: tensors.pop(f"{key}.{name}") for key in keys if f"{key}.{name}" in tensors}
+            if len(state) == len(keys):
+                self.adam.state[parameter] = {k: self._placed(k, v, parameter) for k, v in state.items()}
+            elif state:
+                raise ValueError(
+                    f"{path} keeps the moments of {name} in another form than this run; set optimizer.moments as it was when it "
+                    "was written"
+                )
+        if tensors:
+            raise ValueError(f"{path} holds state of {min(tensors)}, which this policy does not train; restore its own")
         return owned
+
+    def _placed(self, key: str, value: Tensor, parameter: Tensor) -> Tensor:
+        """What was saved, where it is kept."""
+        if key == "step":
+            return value
+        placed = like(value, parameter)
+        return placed if self.moments.as_adam_has_them else self.moments.placed(own_shard(placed))
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in named_shards(self.model) if p.requires_grad)

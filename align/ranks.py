@@ -190,6 +190,22 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_shard(tensor: Tensor) -> Tensor:
+    """The tensor itself, or, of a sharded one, what this rank holds of it: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def of_all(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds for its rows of a parameter, as the shard of one tensor of all ranks; a lone number as it is."""
+    if isinstance(tensor, DTensor) or not isinstance(parameter, DTensor) or not tensor.dim():
+        return tensor
+    shape = torch.Size((parameter.shape[0], *tensor.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        tensor, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, placed as a parameter of the same shape is: on its device, and of a sharded one the own shard."""
     if not isinstance(parameter, DTensor):

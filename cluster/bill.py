@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from align.optimizer import OptimizerConfig
 from cluster.config import RunConfig
 from cluster.faults import ConfigError
 from cluster.rollout import CPU_KV_CACHE_BYTES
-from cluster.shape import ModelShape
+from cluster.shape import ModelShape, model_shape
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2
@@ -39,10 +40,17 @@ class Role:
     formula: str
 
 
-def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> list[Role]:
+def critic_shape(cfg: RunConfig) -> ModelShape | None:
+    """The shape of the critic's trunk, if there is a critic."""
+    return None if cfg.critic is None else model_shape(cfg.critic.model or cfg.policy.model)
+
+
+def roles(
+    cfg: RunConfig, policy: ModelShape, reference: ModelShape | None, critic: ModelShape | None = None
+) -> list[Role]:
     """Controller, learner, rollout actors and scorers of a run; host memory with what a process takes before any model."""
     controller = Role("controller", 1, 0, 0, 0, 0, "the controller, Ray and W&B of one machine")
-    learner, rollout = _learner(cfg, policy), _rollout(cfg, policy)
+    learner, rollout = _learner(cfg, policy, critic), _rollout(cfg, policy)
     if cfg.transport == "ipc":  # both on one GPU
         both = learner.gpu_bytes + rollout.gpu_bytes
         learner, rollout = (replace(role, gpus=SHARED_GPU, gpu_bytes=both) for role in (learner, rollout))
@@ -67,10 +75,13 @@ def places(cfg: RunConfig) -> list[Role]:
     return [Role(name, count, cpus, gpus, 0, 0, "") for name, count, cpus, gpus in asked]
 
 
-def _learner(cfg: RunConfig, model: ModelShape) -> Role:
+def _learner(cfg: RunConfig, model: ModelShape, critic: ModelShape | None) -> Role:
     learner, bytes_each = cfg.learner, _BYTES[cfg.learner_dtype]
     tokens, num_ranks = learner.max_tokens_per_micro_batch, learner.num_ranks
-    states = (4 * model.num_parameters + 12 * model.num_trained) // num_ranks
+    states, host_states = _states(cfg.optimizer, model, num_ranks)
+    if cfg.critic is not None and critic is not None:  # whole on every rank
+        of_critic = _states(cfg.critic.optimizer, critic, num_ranks=1)
+        states, host_states = states + of_critic[0], host_states + of_critic[1]
     adapter = 4 * model.num_adapter_parameters // num_ranks
     of_layers = _ACTIVATION_BYTES * model.num_layers
     held = _ACTIVATION_BYTES + 2 * model.num_layers if learner.activation_checkpointing else of_layers
@@ -85,13 +96,32 @@ def _learner(cfg: RunConfig, model: ModelShape) -> Role:
         num_ranks,
         learner.num_cpus,
         learner.num_gpus,
-        loaded if on_gpu else max(total, loaded),
+        loaded + host_states if on_gpu else max(total + host_states, loaded),
         total if on_gpu else 0,
-        "weights, gradient, two moments in float32: 16 B x parameters / ranks (with an adapter 4 B, and 16 B x its own); on many "
-        "ranks embeddings, head and one layer whole; activations 34 x tokens x width x layers (16-bit; 34 + 2 x layers with "
-        "activation_checkpointing); logits, at most max_logits_bytes, twice; in host memory at times all weights (4 B), on many "
-        "ranks all moments (8 B)",
+        "weights, gradient, two moments in float32: 16 B x parameters / ranks (with an adapter 4 B, and 16 B x its own; moments "
+        "in 8 bits 2.1 B of the 16, offloaded ones in host memory; taken out of either, those of one matrix in float32; a critic "
+        "16 B x its own on every rank); on many ranks embeddings, head and one layer whole; activations 34 x tokens x width x "
+        "layers (16-bit; 34 + 2 x layers with activation_checkpointing); logits, at most max_logits_bytes, twice; in host memory "
+        "at times all weights (4 B), on many ranks all moments (8 B)",
     )
+
+
+def moment_bytes(cfg: OptimizerConfig, model: ModelShape) -> int:
+    """Bytes of Adam's two moments as they are kept, at most: in 8 bits with a float32 scale for every 64 numbers.
+
+    The rows of an adapter's matrices may be too short for blocks.
+    """
+    eight_bits = cfg.moments == "8bit" and not model.num_adapter_parameters
+    return 17 * model.num_trained // 8 if eight_bits else 8 * model.num_trained
+
+
+def _states(cfg: OptimizerConfig, model: ModelShape, num_ranks: int) -> tuple[int, int]:
+    """Weights, gradient and moments of a rank: bytes where it computes, and bytes of moments that are offloaded."""
+    kept = moment_bytes(cfg, model) // num_ranks
+    states = (4 * model.num_parameters + 4 * model.num_trained) // num_ranks
+    if cfg.moments == "8bit" or cfg.offload:  # taken out for one parameter at a time
+        states += 8 * model.vocab_size * model.hidden_size // num_ranks
+    return (states, kept) if cfg.offload else (states + kept, 0)
 
 
 def _cast_bytes(bytes_each: int, num_parameters: int) -> int:
@@ -147,11 +177,17 @@ def _scorer(cfg: RunConfig, model: ModelShape | None) -> Role:
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """The numbers of a batch, of staleness and of what travels and is stored."""
+    """The numbers of a batch, of staleness and of what travels and is stored.
+
+    Attributes:
+        optimizer_steps: Of one batch.
+        max_micro_batches: Of one rank in a step, if all trajectories are as long as they can be.
+    """
 
     groups_in_flight: int
     trajectories_per_step: int
     max_tokens_per_step: int
+    optimizer_steps: int
     max_micro_batches: int
     publish_bytes: int
     published_bytes_per_step: int
@@ -159,18 +195,25 @@ class Arithmetic:
     disk_bytes: int
 
     @classmethod
-    def of(cls, cfg: RunConfig, model: ModelShape) -> Arithmetic:
-        """From the run file and the policy's shape."""
+    def of(cls, cfg: RunConfig, model: ModelShape, critic: ModelShape | None = None) -> Arithmetic:
+        """From the run file and the shapes of policy and critic."""
         trajectories = cfg.run.prompts_per_step * cfg.run.group_size
-        per_row = cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len
+        per_row = max(cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len, 1)
+        minibatches = cfg.algorithm.num_minibatches
+        of_a_rank = math.ceil(math.ceil(trajectories / minibatches) / cfg.learner.num_ranks)
+        optimizer_steps = cfg.algorithm.num_epochs * minibatches
         published = model.num_trained if cfg.policy.engine_adapter else model.num_parameters
         publish = _BYTES[cfg.engine_dtype] * published
-        checkpoint = 4 * model.num_parameters + 8 * model.num_trained + 4 * model.num_adapter_parameters
+        checkpoint = 4 * (model.num_parameters + model.num_adapter_parameters)
+        checkpoint += moment_bytes(cfg.optimizer, model)
+        if cfg.critic is not None and critic is not None:
+            checkpoint += 4 * critic.num_parameters + moment_bytes(cfg.critic.optimizer, critic)
         return cls(
             groups_in_flight=(cfg.run.max_staleness + 1) * cfg.run.prompts_per_step,
             trajectories_per_step=trajectories,
             max_tokens_per_step=trajectories * cfg.rollout.max_model_len,
-            max_micro_batches=math.ceil(trajectories / max(per_row, 1)),
+            optimizer_steps=optimizer_steps,
+            max_micro_batches=optimizer_steps * math.ceil(of_a_rank / per_row),
             publish_bytes=publish,
             published_bytes_per_step=publish * cfg.rollout.num_actors,
             checkpoint_bytes=checkpoint,

@@ -216,6 +216,11 @@ class RunConfig(Section):
             else None,
             *self._problems_of_sampling(),
             *self._problems_of_ranks(),
+            *(
+                f"{name}.offload = true needs learner.num_gpus = 1: of a learner on a CPU the moments are in host memory anyway"
+                for name, optimizer in self.optimizers.items()
+                if optimizer.offload and not self.learner.num_gpus
+            ),
         ]
 
     def _problems_of_sampling(self) -> list[str | None]:
@@ -268,6 +273,12 @@ class RunConfig(Section):
         """Trajectories that every step has: where a verifier may fail, two of each group are sure to be left."""
         size = self.run.group_size
         return self.run.prompts_per_step * (min(size, 2) if verifier_of(self.reward) else size)
+
+    @property
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        """Those of policy and critic, by their sections."""
+        of_critic = {} if self.critic is None else {"critic.optimizer": self.critic.optimizer}
+        return {"optimizer": self.optimizer, **of_critic}
 
     @property
     def reference_readers(self) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from cluster.bill import Arithmetic
+from cluster.bill import Arithmetic, critic_shape
 from cluster.config import RunConfig
 from cluster.faults import RunError
 from cluster.processor import native_dtype
@@ -169,7 +169,7 @@ def _round_trip(cfg: RunConfig) -> Verdict:
 
 
 def _disk(cfg: RunConfig) -> Verdict:
-    needed = Arithmetic.of(cfg, model_shape(cfg.policy.model, cfg.policy.adapter)).disk_bytes
+    needed = Arithmetic.of(cfg, model_shape(cfg.policy.model, cfg.policy.adapter), critic_shape(cfg)).disk_bytes
     folder = (cfg.run.dir or Path("runs")).absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.model_folder import checked_model_directory, text_config
+from align.moments import eight_bit_kernels
 from align.prompts import load_prompts
 from align.rewards.kinds import verifier_of
 from align.types import Prompt
@@ -59,6 +60,8 @@ def load_inputs(cfg: RunConfig) -> Inputs:
                     "policy.adapter.publish = 'adapter' needs rollout.num_gpus = 1 for a mixture of experts: with room for "
                     "adapters vLLM has no kernel for experts on CPUs; or publish = 'merged'"
                 )
+        if any(optimizer.moments == "8bit" for optimizer in cfg.optimizers.values()):
+            eight_bit_kernels()
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)
         heldout = load_prompts(cfg.evaluation.heldout, policy, room) if cfg.evaluation.heldout else []

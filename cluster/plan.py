@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cluster.bill import Arithmetic, Rates, Role, StepTime, roles
+from cluster.bill import Arithmetic, Rates, Role, StepTime, critic_shape, roles
 from cluster.config import RunConfig
 from cluster.fit import Node
 from cluster.remedies import check_fit, size
@@ -25,15 +25,16 @@ def plan(cfg: RunConfig, machines: Sequence[Node], rates: Rates | None) -> str:
     """
     policy = model_shape(cfg.policy.model, cfg.policy.adapter)
     reference = model_shape(cfg.reference.model) if cfg.reference else None
-    needed = roles(cfg, policy, reference)
+    critic = critic_shape(cfg)
+    needed = roles(cfg, policy, reference, critic)
     lines = [
         f"run          {cfg.run.name}: policy of {policy.num_parameters / 1e6:,.1f} M parameters, {cfg.engine_dtype}"
     ]
-    lines += ["", *_bill(needed), "", *_arithmetic(cfg, Arithmetic.of(cfg, policy))]
+    lines += ["", *_bill(needed), "", *_arithmetic(cfg, Arithmetic.of(cfg, policy, critic))]
     if rates is not None:
         lines += ["", *_estimate(StepTime.of(cfg, rates))]
     if machines:
-        check_fit(cfg, lambda other: roles(other, policy, reference), machines)
+        check_fit(cfg, lambda other: roles(other, policy, reference, critic), machines)
         lines += ["", f"fits         every process finds a place on the {len(machines)} machine(s)"]
     return "\n".join(lines)
 
@@ -54,7 +55,9 @@ def _arithmetic(cfg: RunConfig, numbers: Arithmetic) -> Iterator[str]:
     run = cfg.run
     yield (
         f"each step    {run.prompts_per_step} prompts x {run.group_size} = {numbers.trajectories_per_step} trajectories, "
-        f"at most {numbers.max_tokens_per_step:,} tokens in at most {numbers.max_micro_batches} micro-batches; 1 update"
+        f"at most {numbers.max_tokens_per_step:,} tokens, which take {numbers.max_micro_batches} micro-batches"
+        f"{' on each rank' * (cfg.learner.num_ranks > 1)} and {numbers.optimizer_steps} optimizer step"
+        f"{'s' * (numbers.optimizer_steps > 1)}"
     )
     yield f"staleness    at most {run.max_staleness}; {numbers.groups_in_flight} groups in flight at once"
     yield (
@@ -62,7 +65,7 @@ def _arithmetic(cfg: RunConfig, numbers: Arithmetic) -> Iterator[str]:
         f"{size(numbers.published_bytes_per_step)} a step"
     )
     yield (
-        f"checkpoints  {size(numbers.checkpoint_bytes)} each (4 B x parameters, 8 B x trained ones), every "
+        f"checkpoints  {size(numbers.checkpoint_bytes)} each (4 B x parameters, moments of trained ones), every "
         f"{cfg.checkpoint.every} steps; {size(numbers.disk_bytes)} of disk with the newest "
         f"{cfg.checkpoint.keep}, one being written and the final policy"
     )

@@ -32,7 +32,7 @@ class ScorerConfig(BaseModel):
     num_gpus: float = Field(0, ge=0, le=1, description="GPUs of one scorer; a fraction shares one.")
     num_cpus: float = Field(0, ge=0, description="CPUs that Ray sets aside for one scorer.")
     num_threads: int = Field(1, ge=1, description="CPU threads of one scorer.")
-    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens per forward pass.")
+    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Tokens per forward pass.")
     max_restarts: int = Field(3, ge=0, description="Scorers that may be replaced in a run before it ends.")
     start_deadline_s: float = Field(300, gt=0, description="Time for a scorer to start.")
     score_deadline_s: float = Field(600, gt=0, description="Time to score one group.")

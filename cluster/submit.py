@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.bill import Role, places, roles
+from cluster.bill import Role, critic_shape, places, roles
 from cluster.config import RunConfig
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
 from cluster.machines import is_fixed, nodes, with_memory
@@ -300,12 +300,13 @@ def read_resources(settings: list[str]) -> dict[str, float]:
 
 def _bill_with_memory(cfg: RunConfig) -> Bill | None:
     """What the run needs, memory too; None if its models are not seen from here."""
-    folders = [section.model for section in (cfg.policy, cfg.reference) if section]
+    folders = [section.model for section in (cfg.policy, cfg.reference, cfg.critic) if section and section.model]
     if not all((folder / "config.json").is_file() for folder in folders):
         return None
     policy = model_shape(cfg.policy.model, cfg.policy.adapter)
     reference = model_shape(cfg.reference.model) if cfg.reference else None
-    return lambda other: roles(other, policy, reference)
+    critic = critic_shape(cfg)
+    return lambda other: roles(other, policy, reference, critic)
 
 
 def _check_named(wanted: Mapping[str, float], there: Iterable[Mapping[str, float]]) -> None:

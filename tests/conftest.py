@@ -31,12 +31,12 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def random_qwen3(seed: int, tied: bool = True) -> Qwen3ForCausalLM:
+def random_qwen3(seed: int, tied: bool = True, width: int = 32) -> Qwen3ForCausalLM:
     """Two layers of Qwen3 with weights wide enough that its distributions differ clearly from uniform."""
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width + width // 2,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

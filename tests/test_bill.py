@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from align.epochs import minibatches
+from align.packing import pack
+from align.ranks import Ranks
 from cluster.bill import SHARED_GPU, Arithmetic, Rates, Role, StepTime, places, read_rates, roles
 from cluster.faults import ConfigError
 from cluster.shape import ModelShape
@@ -64,6 +67,31 @@ def test_with_an_adapter_the_weights_are_there_once_and_gradient_and_moments_are
     assert plain - adapted == (12 * 1000 - 16 * 30) // 2
     as_adapter = config(**CPU, policy={"model": Path("m"), "adapter": {"publish": "adapter"}})
     assert Arithmetic.of(as_adapter, shape).publish_bytes == 4 * 30
+
+
+def test_moments_in_8_bits_take_two_bytes_and_the_scales_and_those_of_one_matrix_are_there_in_float32() -> None:
+    plain = bill(**CPU)["learner"].host_bytes
+    found = bill(**CPU, optimizer={"moments": "8bit"})["learner"].host_bytes
+    assert found - plain == 2125 - 8000 + 8 * 50 * 8
+    cfg = config(**CPU, optimizer={"moments": "8bit"})
+    assert Arithmetic.of(cfg, SHAPE).checkpoint_bytes == 4 * 1000 + 2125
+
+
+def test_offloaded_moments_are_in_host_memory() -> None:
+    sections = {"learner": {"num_gpus": 1, "num_ranks": 2}, "rollout": {"num_gpus": 1}}
+    plain, offloaded = bill(**sections)["learner"], bill(**sections, optimizer={"offload": True})["learner"]
+    assert plain.gpu_bytes - offloaded.gpu_bytes == 8 * 1000 // 2 - 8 * 50 * 8 // 2
+    assert offloaded.host_bytes - plain.host_bytes == 8 * 1000 // 2
+
+
+def test_a_critic_is_whole_on_every_rank_with_its_own_moments_and_is_saved() -> None:
+    critic = replace(SHAPE, num_parameters=300)
+    plain = config(**CPU, learner={"num_ranks": 2})
+    cfg = config(**CPU, learner={"num_ranks": 2}, algorithm={"name": "ppo"}, critic={"optimizer": {"moments": "8bit"}})
+    more = roles(cfg, SHAPE, SHAPE, critic)[1].host_bytes - roles(plain, SHAPE, SHAPE)[1].host_bytes
+    kept = 17 * 300 // 8
+    assert more == 8 * 300 + kept + 8 * 50 * 8
+    assert Arithmetic.of(cfg, SHAPE, critic).checkpoint_bytes == 12 * 1000 + 4 * 300 + kept
 
 
 def test_with_checkpointing_a_layer_keeps_its_input_alone_and_one_layer_is_computed_again() -> None:
@@ -132,6 +160,34 @@ def test_the_numbers_of_a_batch_follow_from_the_run_file() -> None:
     assert (numbers.publish_bytes, numbers.published_bytes_per_step) == (2000, 6000)
     assert numbers.checkpoint_bytes == 12_000
     assert numbers.disk_bytes == 3 * 12_000 + 4000
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "algorithm", "expected"),
+    [
+        (1, {}, 12),  # two trajectories in each
+        (2, {}, 6),
+        (5, {}, 3),  # the first ranks have 5 of the 24
+        (2, {"num_epochs": 2, "num_minibatches": 3}, 2 * 3 * 2),  # 4 of 8 on a rank
+    ],
+)
+def test_micro_batches_are_those_of_a_rank_in_all_optimizer_steps(
+    num_ranks: int, algorithm: dict[str, object], expected: int
+) -> None:
+    """Counted as the learner cuts a batch of trajectories that are all as long as they can be."""
+    cfg = config(
+        run={"prompts_per_step": 6, "group_size": 4},
+        rollout={"max_model_len": 100},
+        sampling={"max_tokens": 10},
+        learner={"max_tokens_per_micro_batch": 250, "num_ranks": num_ranks},
+        algorithm=algorithm,
+    )
+    numbers = Arithmetic.of(cfg, SHAPE)
+    counted = 0
+    for rows in minibatches(24, cfg.algorithm.num_epochs, cfg.algorithm.num_minibatches, version=0):
+        counted += len(list(Ranks(0, num_ranks).passes([100] * len(rows), lambda lengths: pack(lengths, 250))))
+    assert numbers.max_micro_batches == counted == expected
+    assert numbers.optimizer_steps == cfg.algorithm.num_epochs * cfg.algorithm.num_minibatches
 
 
 RATES = Rates(generate=100, train=400, publish_s=1, completion=50, prompt=50)

@@ -308,6 +308,11 @@ DROPS = ["filter.drop_without_signal=true", "algorithm.name=grpo", "run.group_si
         (["weights.transport=ipc", "learner.num_gpus=1"], "weights.transport = 'ipc' needs GPUs"),
         (["learner.num_ranks=3"], "learner.num_ranks (3) is above the 2 trajectories of a step"),
         (["learner.num_ranks=2", "learner.num_cpus=0"], "num_ranks above 1 needs learner.num_cpus or num_gpus above 0"),
+        (["optimizer.offload=true"], "optimizer.offload = true needs learner.num_gpus = 1"),
+        (
+            ["algorithm.name=ppo", "critic.optimizer.offload=true"],
+            "critic.optimizer.offload = true needs learner.num_gpus = 1",
+        ),
         (
             ["learner.num_ranks=2", "learner.num_gpus=1", "rollout.num_gpus=1", "weights.transport=ipc"],
             "'ipc' is for a learner on one GPU; with learner.num_ranks above 1 use 'nccl'",
@@ -329,6 +334,7 @@ def test_values_that_contradict_each_other_are_refused(overrides: list[str], exp
         ["filter.curriculum={high = 0.9}", "reference.refresh_every=5"],
         ["reward.kind=overlong", "reward.max_tokens=95", "reward.cache_tokens=32"],
         ["sampling.max_tokens=511"],
+        ["optimizer.offload=true", "optimizer.moments=8bit", "learner.num_gpus=1"],
         ["sampling.top_p=0.9", "sampling.top_k=50"],
         ["algorithm.distillation=reverse_kl", "run.max_staleness=1"],
         ["algorithm.rewards=process", "run.group_size=2"],

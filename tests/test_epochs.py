@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align import corrections
-from align.batching import Batch
+from align.batching import Batch, micro_batches
 from align.epochs import minibatches, old_logprobs
+from align.packing import pack
 from align.policy import Policy
 from tests.test_learner import (
     adam_state,
@@ -194,9 +196,10 @@ def test_old_logprobs_are_those_before_the_first_step_whatever_the_micro_batches
     with torch.no_grad():
         expected = policy.token_logprobs(batch.token_ids, temperature=0.7).logprobs
     for max_tokens in (10_000, 24, 1):
-        actual = old_logprobs(policy, batch, max_tokens, temperature=0.7)
-        torch.testing.assert_close(actual[batch.loss_mask], expected[batch.loss_mask])
-        assert not actual.requires_grad
+        for cut, packed in ((micro_batches, False), (pack, policy.trunk.packs)):
+            actual = old_logprobs(policy, batch, partial(cut, max_tokens=max_tokens), packed, temperature=0.7)
+            torch.testing.assert_close(actual, expected.where(batch.loss_mask, 0.0))
+            assert not actual.requires_grad
 
 
 def two_steps(behavior: float, clip_high: float, **settings: Any) -> tuple[Tensor, Tensor, dict[str, float]]:

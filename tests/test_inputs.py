@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,17 @@ def test_a_reference_that_is_to_follow_the_policy_has_its_shape(model_folder: Pa
 
     load_inputs(following(model_folder))
     assert f"intermediate_size is 48 in {model_folder} and 64 in {wider}" in refused(following(wider))
+
+
+@pytest.mark.parametrize("section", ["optimizer", "critic.optimizer"])
+def test_8_bits_without_the_package_are_refused_before_any_model_is_loaded(
+    section: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    settings = {"moments": "8bit"}
+    sections = {
+        "optimizer": {"optimizer": settings},
+        "critic.optimizer": {"algorithm": {"name": "ppo"}, "critic": {"optimizer": settings}},
+    }[section]
+    train = write_prompts(tmp_path / "train.jsonl", "a cat")
+    assert "pip install 'align[optim8bit]'" in refused(make_config(model_folder, model_folder, train, **sections))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from align.batching import micro_batches
 from align.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig, token_reward
 from align.types import Group, TokenRewards
@@ -82,6 +83,24 @@ def test_every_sampled_token_gets_its_own_naive_logprob_however_the_group_is_cut
         expected = naive_logprobs(policy, trajectory.token_ids.tolist(), first)
         np.testing.assert_allclose(score.rewards, expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(score.ref_logprobs, score.rewards)
+
+
+def test_a_pass_holds_as_many_real_tokens_as_fit_and_gives_what_padded_passes_give(policy: Policy) -> None:
+    """Of 5, 7, 10 and 3 tokens: 10 and 5 share a pass of 15, 7 and 3 another; padded, no two would fit with the 10."""
+    group, passes = ragged_group(), []
+    assert policy.trunk.packs
+    hook = policy.model.model.register_forward_pre_hook(
+        lambda *call: passes.append(call[2]["input_ids"].numel()), with_kwargs=True
+    )
+    packed = ReferenceReward(policy, PLAIN, 15)(group)
+    assert passes == [15, 10]
+    policy.trunk.packs = False
+    padded = ReferenceReward(policy, PLAIN, 15)(group)
+    hook.remove()
+    assert len(passes) - 2 == len(micro_batches([5, 7, 10, 3], 15)) == 3
+    for one, other in zip(packed, padded, strict=True):
+        np.testing.assert_allclose(one.ref_logprobs, other.ref_logprobs, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(one.rewards, other.rewards, rtol=1e-6, atol=1e-6)
 
 
 def test_alpha_takes_away_the_behavior_logprob_and_clip_cuts_what_is_left(policy: Policy) -> None:

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.batching import micro_batches
+from align.packing import pack
 from align.policy import Policy
 from align.types import FloatArray, Group, TokenRewards, TopTokens, Trajectory
 
@@ -46,7 +47,8 @@ class ReferenceReward:
     Args:
         reference: The frozen policy.
         cfg: alpha and clip.
-        max_tokens: Padded tokens per forward pass; does not change the result beyond rounding.
+        max_tokens: Tokens per forward pass, with padding where the model cannot be packed; does not change the result beyond
+            rounding.
         num_top: Give the reference's likeliest tokens at each place too: how many, 0 for the whole vocabulary, None for none.
     """
 
@@ -62,7 +64,8 @@ class ReferenceReward:
         """See `Reward`."""
         trajectories = group.trajectories
         scores: list[TokenRewards | None] = [None] * len(trajectories)
-        for rows in micro_batches([len(t.token_ids) for t in trajectories], self.max_tokens):
+        cut = pack if self.reference.trunk.packs else micro_batches
+        for rows in cut([len(t.token_ids) for t in trajectories], self.max_tokens):
             for row, logprobs in zip(rows, self._ref_logprobs([trajectories[r] for r in rows]), strict=True):
                 scores[row] = self._score(trajectories[row], logprobs)
         return tuple(score for score in scores if score is not None)
