@@ -218,21 +218,19 @@ def doctor(
     """
     from cluster.config import load_config
     from cluster.doctor.examination import examine
-    from cluster.doctor.verdict import exit_code, merged
+    from cluster.doctor.verdict import exit_code, together
 
     cfg = load_config(file, overrides) if file else None
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
+    looks = examine(cfg, quick=quick, say=lambda text: typer.echo(text, err=True))
     verdicts = []
-    for verdict in examine(cfg, quick=quick, say=lambda text: typer.echo(text, err=True)):
+    for verdict in looks if as_json else together(looks):
         verdicts.append(verdict)
-        if not as_json and not verdict.node:
+        if not as_json:
             typer.echo(verdict.line())
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=2))
-    else:
-        for verdict in merged([verdict for verdict in verdicts if verdict.node]):
-            typer.echo(verdict.line())
     raise typer.Exit(exit_code(verdicts))
 
 

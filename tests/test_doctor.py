@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.config import RunConfig
 from cluster.doctor import machine, storage
 from cluster.doctor.examination import before_a_run, examine, token
-from cluster.doctor.verdict import Verdict, checked, exit_code, merged, require
+from cluster.doctor.verdict import Verdict, checked, exit_code, merged, require, together
 from cluster.doctor.versions import TESTED
 from cluster.faults import ConfigError, ResourceError
+from cluster.folder import resolved
 from cluster.inputs import load_inputs
 from tests.run_files import config, write
 
@@ -86,6 +91,18 @@ def test_the_short_examination_before_a_run_has_the_same_verdicts_and_asks_nobod
     assert {*TESTED, "interface", "disk", "tokenizer", "reward"} <= items
     assert not items & {"W&B", "inputs", "agreement"}, "those are looked at by the run itself"
     require(short, pytest.fail)
+
+
+def test_a_run_does_not_start_on_a_machine_that_fails(cfg: RunConfig, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(resolved(cfg)), encoding="utf-8")
+    command = [sys.executable, "-m", "cluster.cli", "train", str(path)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY")} | {"GLOO_SOCKET_IFNAME": "nowhere0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "[RESOURCES] interface: GLOO_SOCKET_IFNAME=nowhere0 names no interface that is up" in done.stdout
+    assert "-> unset GLOO_SOCKET_IFNAME" in done.stdout
+    assert not (tmp_path / "run").exists(), "nothing was started"
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -196,16 +213,35 @@ def test_what_is_well_on_all_nodes_is_one_line_and_what_is_not_is_named_with_its
     assert [verdict.line() for verdict in merged(many)] == ["ok   disk           9 GiB (n0 and 7 more nodes)"]
 
 
+def test_verdicts_are_told_as_they_come_and_those_of_nodes_when_all_are_known() -> None:
+    told: list[str] = []
+
+    def looks() -> Iterator[Verdict]:
+        for verdict in (
+            Verdict("a", "ok", "1"),
+            *(Verdict("b", "ok", "2", node=n) for n in "xy"),
+            Verdict("c", "ok", "3"),
+        ):
+            told.append(f"{verdict.item} looked at")
+            yield verdict
+
+    for verdict in together(looks()):
+        told.append(f"{verdict.item} told {verdict.node}".strip())
+    assert told == [
+        *("a looked at", "a told", "b looked at", "b looked at", "c looked at", "b told x, y", "c told"),
+    ]
+
+
 def test_a_look_that_ends_with_an_error_keeps_what_it_had_found() -> None:
     def look() -> list[Verdict]:
         raise ResourceError("too little", "take more")
 
-    def half() -> object:
+    def half() -> Iterator[Verdict]:
         yield Verdict("a", "ok", "fine")
         raise OSError("gone")
 
     assert list(checked("it", look)) == [Verdict("it", "fail", "too little", "take more", 3)]
-    first, second = checked("it", half)  # type: ignore[arg-type]
+    first, second = checked("it", half)
     assert (first.item, second.item, second.found, second.exit_code) == ("a", "it", "gone", 2)
 
 

@@ -101,7 +101,9 @@ def _node(node: Node, probe: Any, look: Any, own: Mapping[str, str], here: str) 
         yield _way(node, probe, here)
     except GetTimeoutError:
         fix = "ray status says whether it is there; the log of its raylet says more"
-        yield Verdict("answer", "fail", f"none within {NODE_S:g} s", fix)
+        yield Verdict(
+            "answer", "fail", f"none in time: {NODE_S:g} s for all looks, {_CALL_S:g} s for a call after that", fix
+        )
     except RayError as error:
         named = from_ray(error, "node", 0, "a look at it")
         yield Verdict("answer", "fail", named.message, "install align on this node as where the run is driven")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,7 @@ def require(verdicts: Iterable[Verdict], warn: Callable[[str], None]) -> None:
         ResourceError: If a machine is.
     """
     failed = []
-    for verdict in merged(list(verdicts)):
+    for verdict in together(verdicts):
         where = f" ({verdict.node})" if verdict.node else ""
         if verdict.state == "warn":
             warn(f"{verdict.item}: {verdict.found}{where}; {verdict.fix}")
@@ -78,6 +79,15 @@ def require(verdicts: Iterable[Verdict], warn: Callable[[str], None]) -> None:
         message, _, advice = last.partition("\n  -> ")
         kind = ConfigError if exit_code(failed) == ConfigError.exit_code else ResourceError
         raise kind("\n".join([*others, message]), advice)
+
+
+def together(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+    """Verdicts as they come, those of nodes merged once all nodes were looked at."""
+    for of_nodes, group in itertools.groupby(verdicts, key=lambda verdict: bool(verdict.node)):
+        if of_nodes:
+            yield from merged(list(group))
+        else:
+            yield from group
 
 
 def merged(verdicts: Sequence[Verdict]) -> list[Verdict]:
