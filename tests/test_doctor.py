@@ -161,10 +161,15 @@ def test_a_cluster_without_a_token_and_a_token_that_others_may_read_are_warnings
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     assert (look().state, look().fix.split()[1]) == ("warn", "RAY_AUTH_MODE=token")
-    path = tmp_path / "token"
+    path = tmp_path / ".ray" / "auth_token"
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    assert look().state == "ok"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert look().state == "fail", "there is no such file"
+    path.parent.mkdir()
     path.write_text("secret")
     path.chmod(0o644)
     assert (look().state, look().fix) == ("warn", f"chmod 600 {path}")

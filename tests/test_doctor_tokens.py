@@ -113,6 +113,10 @@ def test_a_chat_whose_turns_end_with_a_token_that_the_engine_goes_on_after_is_a_
         (TEMPLATE.partition("{% if add")[0], "an answer is written after"),
         (TEMPLATE.replace("<|turn|>assistant:{%", "<|turn|>model:{%"), "the prompt ends with"),
         (TEMPLATE.replace("<|close|>", "."), "which is no special token"),
+        (
+            "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}",
+            "it refuses a question and its answer: one turn",
+        ),
     ],
 )
 def test_a_template_that_does_not_open_or_close_an_answer_is_a_warning(
@@ -125,6 +129,26 @@ def test_a_template_that_does_not_open_or_close_an_answer_is_a_warning(
         chat_tokenizer.chat_template = TEMPLATE
     assert found.state == "warn"
     assert problem in found.found
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE.replace("<|turn|>assistant:{%", "<|turn|>assistant:<think>{%"),
+        TEMPLATE.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"),
+    ],
+)
+def test_a_template_may_open_a_thought_at_the_end_of_a_prompt_or_before_an_answer(
+    template: str, tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat_tokenizer.chat_template = template
+    close = chat_tokenizer.convert_tokens_to_ids("<|close|>")
+    try:
+        folder = folder_with(chat_tokenizer, tmp_path, end_ids=[0, close])
+        found = looks(folder, ["abc"], prompts={"chat": True})["chat template"]
+    finally:
+        chat_tokenizer.chat_template = TEMPLATE
+    assert found.state == "ok", found
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,8 @@ def token() -> Iterator[Verdict]:
         fix = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=… (and on every node)"
         yield Verdict("Ray's token", "warn", f"off for {address}: who reaches its ports runs code as you", fix)
         return
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    given = "RAY_AUTH_TOKEN" in os.environ
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or (None if given else str(Path.home() / ".ray" / "auth_token"))
     if path and (mode := Path(path).stat().st_mode) & 0o077:
         yield Verdict("Ray's token", "warn", f"others may read {path} (mode {mode & 0o777:o})", f"chmod 600 {path}")
         return

@@ -105,8 +105,8 @@ def _node(node: Node, probe: Any, look: Any, own: Mapping[str, str], here: str) 
             "answer", "fail", f"none in time: {NODE_S:g} s for all looks, {_CALL_S:g} s for a call after that", fix
         )
     except RayError as error:
-        named = from_ray(error, "node", 0, "a look at it")
-        yield Verdict("answer", "fail", named.message, "install align on this node as where the run is driven")
+        found = from_ray(error, "probe", 0, "a look at the node").message.splitlines()[-1]
+        yield Verdict("answer", "fail", found, "install align on this node as where the run is driven")
 
 
 def _clock(read: Callable[[], float], now: Callable[[], float] = time.time) -> Verdict:

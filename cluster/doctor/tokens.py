@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from align.model_folder import LOCAL, load_tokenizer, text_config
 from align.prompts import PromptConfig
 from align.types import Prompt
@@ -23,7 +25,11 @@ def tokens(cfg: RunConfig, prompts: Sequence[Prompt]) -> Iterator[Verdict]:
     yield _round_trip(tokenizer, prompts[:_NUM_PROMPTS])
     ends = end_token_ids(cfg.policy.model) | set(cfg.sampling.stop_token_ids)
     yield _ends(tokenizer, ends)
-    yield _chat_template(tokenizer, cfg.prompts, prompts[0].text, ends)
+    try:
+        yield _chat_template(tokenizer, cfg.prompts, prompts[0].text, ends)
+    except TemplateError as error:
+        found = f"it refuses a question and its answer: {error}"
+        yield Verdict("chat template", "warn", found, "take the template that the model was trained with")
 
 
 def end_token_ids(folder: Path) -> set[int]:
@@ -80,13 +86,12 @@ def _chat_template(tokenizer: Any, cfg: PromptConfig, text: str, ends: set[int])
     if not (cfg.chat or cfg.system or (opening and text.endswith(opening))):
         return Verdict("chat template", "ok", "there is one; these prompts are plain text")
     turn = {"role": "assistant", "content": _ANSWER}
-    whole = tokenizer.apply_chat_template([_USER, turn], tokenize=False)
-    if not opening or not whole.startswith(asked):
-        found = (
-            f"an answer is written after {whole.partition(_ANSWER)[0][-40:]!r}, the prompt ends with {asked[-40:]!r}"
-        )
+    before, _, ending = tokenizer.apply_chat_template([_USER, turn], tokenize=False).rpartition(_ANSWER)
+    written = before.removeprefix(without)
+    # One may go on where the other stops: with an empty thought before an answer, or an opened one at the prompt's end.
+    if not opening or not written or not (written.startswith(opening) or opening.startswith(written)):
+        found = f"an answer is written after {written[-40:]!r}, the prompt ends with {opening[-40:]!r}"
         return Verdict("chat template", "warn", found, "take the template that the model was trained with")
-    ending = whole.rpartition(_ANSWER)[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = next((i for i in tokenizer.encode(ending, add_special_tokens=False) if i in special), None)
     if end is None:
