@@ -39,7 +39,7 @@ def examine(cfg: RunConfig | None, *, quick: bool, say: Callable[[str], None]) -
     if cfg is not None and inputs is not None:
         yield from of_the_run(cfg, inputs)
     if on_cluster or (inputs and not quick):
-        yield from _with_ray(cfg, inputs, quick, say)
+        yield from checked("Ray", lambda: _with_ray(cfg, inputs, quick, say))
 
 
 def of_the_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
@@ -52,29 +52,29 @@ def of_the_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
 def _with_ray(
     cfg: RunConfig | None, inputs: Inputs | None, quick: bool, say: Callable[[str], None]
 ) -> Iterator[Verdict]:
+    """What takes a Ray: the nodes of a cluster, and the processes of a run."""
     from cluster.train import closed_ray
 
-    if os.environ.get("RAY_ADDRESS", "") in _OWN:
+    if (address := os.environ.get("RAY_ADDRESS", "")) in _OWN:
         os.environ.update(closed_ray())
+    elif address.startswith("http"):
+        advice = (
+            f"HOST:6379 on a machine of the cluster; from outside: ray job submit --address {address} -- align doctor"
+        )
+        raise ResourceError(f"{address} is a dashboard, which runs nothing on the nodes", advice)
     from cluster.placement import ray_session
 
-    def look() -> Iterator[Verdict]:
-        if (address := os.environ.get("RAY_ADDRESS", "")).startswith("http"):
-            advice = f"HOST:6379 on a machine of the cluster; from outside: ray job submit --address {address} -- align doctor"
-            raise ResourceError(f"{address} is a dashboard, which runs nothing on the nodes", advice)
-        with ray_session(None, inputs.weights_bytes if inputs else 0):
-            yield from on_the_nodes(cfg)
-            room = list(checked("room", lambda: _room(cfg, inputs))) if cfg and inputs else []
-            yield from room
-            if cfg is not None and inputs is not None and not quick and all(v.state == "ok" for v in room):
-                from cluster.doctor.agreement import agreement
+    with ray_session(None, inputs.weights_bytes if inputs else 0):
+        yield from on_the_nodes(cfg)
+        if cfg is None or inputs is None:
+            return
+        room = list(checked("room", lambda: _room(cfg, inputs)))
+        yield from room
+        if not quick and all(verdict.state == "ok" for verdict in room):
+            from cluster.doctor.agreement import agreement
 
-                say(
-                    "starting     an engine, the scorer and the learner, one after another (half a minute for a small model) …"
-                )
-                yield from checked("agreement", lambda: agreement(cfg, inputs.train))
-
-    yield from checked("Ray", look)
+            say("starting     engine, scorer and learner, one after another: half a minute for a small model …")
+            yield from checked("agreement", lambda: agreement(cfg, inputs.train))
 
 
 def before_a_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:

@@ -101,7 +101,7 @@ def test_a_run_does_not_start_on_a_cluster_with_a_node_that_fails(raylets: Rayle
 def test_engine_scorer_and_learner_are_tried_one_after_another(tmp_path: Path) -> None:
     code, console = align("doctor", DEMO, "--set", f"run.dir={tmp_path / 'run'}")
     assert code == 0, console
-    assert "starting     an engine, the scorer and the learner" in console
+    assert "starting     engine, scorer and learner, one after another" in console
     lines = {line[5:20].strip(): line for line in console.splitlines()}
     assert lines["agreement"].startswith("ok ")
     assert "in float32; a run warns above 0.0001 and stops above 0.001" in lines["agreement"]
