@@ -125,6 +125,18 @@ def test_a_way_that_is_closed_is_a_failure_that_says_in_which_direction(on: Any)
     assert [v.found for v in back] == ["10.0.0.2 does not reach 10.0.0.13:0: refused"]
 
 
+def test_nodes_with_different_nccl_fail_together(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_nccl(version: dict[str, str]) -> list[Verdict]:
+        monkeypatch.setattr(subject, "machine", lambda address, alone: [Verdict("NCCL", "ok", version[address])])
+        return [v for v in nodes(None) if v.item == "NCCL" and not v.node]
+
+    on(FakeRay("10.0.0.1", "10.0.0.2"))
+    assert with_nccl({"10.0.0.1": "2.27.5", "10.0.0.2": "2.27.5"}) == []
+    (verdict,) = with_nccl({"10.0.0.1": "2.27.5", "10.0.0.2": "2.26.2"})
+    assert verdict.state == "fail"
+    assert verdict.found == "the nodes have different ones: 10.0.0.1 2.27.5, 10.0.0.2 2.26.2"
+
+
 def test_a_clock_is_compared_with_the_middle_of_the_call() -> None:
     def clock(theirs: float, *own: float) -> tuple[str, str]:
         times = iter(own)

@@ -84,9 +84,15 @@ def nodes(storage: Storage | None) -> Iterator[Verdict]:
         ray.wait(list(looks.values()), num_returns=len(looks), timeout=NODE_S)
         own, here = installed(), ray.util.get_node_ip_address()
         yield Verdict("nodes", "ok", f"{len(alive)} alive, driven from {here}")
+        nccl: dict[str, str] = {}
         for node, probe in probes.items():
             for verdict in _node(node, probe, looks[node], own, here):
+                if verdict.item == "NCCL":
+                    nccl[node.name] = verdict.found
                 yield replace(verdict, node=node.name)
+        if len(set(nccl.values())) > 1:
+            found = "the nodes have different ones: " + ", ".join(f"{name} {at}" for name, at in nccl.items())
+            yield Verdict("NCCL", "fail", found, "use one image, or one build of torch, on all nodes with GPUs")
     finally:
         for probe in probes.values():
             ray.kill(probe)
