@@ -1,7 +1,10 @@
 """Adapters: a frozen model and a small trained update of its matrices (LoRA, DoRA), by `peft`.
 
-The policy is the sum of both. Whoever takes its weights (engines, folders, fingerprints, a reference that is refreshed) gets
-the merged ones, under the names of the plain model, and needs to know nothing of adapters.
+The policy is the sum of both. Whoever takes its weights (folders, fingerprints, a reference that is refreshed, engines unless
+they have the adapter itself) gets the merged ones, under the names of the plain model, and needs to know nothing of adapters.
+
+Engines may be given the adapter alone (`Adapter.factors`): A and s B, so that the scale is the learner's whatever an engine
+makes of alpha.
 
     LoRA:  W' = W + s B A                      with W [out, in] frozen, A [rank, in], B [out, rank] trained
     DoRA:  W' = m * V / ||V||, V = W + s B A   with m [out] trained, too; ||.|| of each row of V
@@ -10,8 +13,11 @@ the merged ones, under the names of the plain model, and needs to know nothing o
 A starts random and B at 0, so the policy starts as the frozen model. DoRA's gradient takes ||V|| for a constant, as its paper
 has it (section 4.3): it is not quite the gradient of W'.
 
-In float32 the merged weights and the learner's own sum agree to rounding. In bfloat16 an engine rounds W' where the learner
-rounds W and the update, each by itself, so the mismatch is somewhat larger than with full weights.
+In float32 the merged weights and the learner's own sum agree to rounding. In bfloat16 an engine with merged weights rounds W'
+where the learner rounds W and the update, each by itself, so the mismatch is somewhat larger than with full weights.
+
+Of many ranks each holds a shard of W and of A, B and m. They are whole, one after the other, where a product of them is
+needed: A, B and m of all layers come first (`trained_first`), since a matrix is merged as it comes by.
 
 The frozen model is at hand in the learner and could stand for a reference that is the first policy; here a scorer has its own
 copy, as it has of any other reference.
@@ -21,17 +27,23 @@ Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA); Liu et al. 2024 (DoR
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from align.ranks import like, whole
+
+MAX_ENGINE_RANK = 512  # vLLM's
+PEFT_PREFIX = "base_model.model."  # of every name in a folder of peft
 _NAME = "default"  # peft's own for the adapter of a model that has one
+_A, _B, _MAGNITUDE = (f"{part}.{_NAME}.weight" for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -52,7 +64,11 @@ class AdapterConfig(BaseModel):
         "the head. The experts of a mixture are no linear layers here and stay frozen.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="0; see the error that another value gives.")
-    publish: Literal["merged", "adapter"] = Field("merged", description="merged; see the error that the other gives.")
+    publish: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="What engines get: merged weights, which cost them nothing; or the adapter alone, which is far less to send, "
+        "and slower to generate with.",
+    )
 
     @field_validator("dropout")
     @classmethod
@@ -64,15 +80,19 @@ class AdapterConfig(BaseModel):
             )
         return dropout
 
-    @field_validator("publish")
-    @classmethod
-    def _only_merged(cls, publish: str) -> str:
-        if publish != "merged":
+    @model_validator(mode="after")
+    def _engines_can_have_it(self) -> AdapterConfig:
+        if self.publish == "adapter" and self.kind == "dora":
             raise ValueError(
-                "publish = 'adapter' is not offered: vLLM would have to be told of a new adapter for every version and has no "
-                "DoRA; the merged weights go the verified way of all others. The run folder has policy_adapter/ too"
+                "publish = 'adapter' needs kind = 'lora': vLLM has no DoRA, whose rows are brought to a length after the sum; "
+                "publish = 'merged' gives it the sum"
             )
-        return publish
+        if self.publish == "adapter" and self.rank > MAX_ENGINE_RANK:
+            raise ValueError(
+                f"publish = 'adapter' needs a rank of at most {MAX_ENGINE_RANK} (not {self.rank}), which vLLM has room for; "
+                "publish = 'merged' takes any"
+            )
+        return self
 
     @property
     def scale(self) -> float:
@@ -94,7 +114,6 @@ class Adapter:
 
     def __init__(self, model: Any, cfg: AdapterConfig, seed: int = 0) -> None:
         from peft import LoraConfig, get_peft_model
-        from peft.tuners.lora import LoraLayer
 
         self.cfg = cfg
         settings = LoraConfig(
@@ -103,43 +122,61 @@ class Adapter:
             lora_alpha=cfg.alpha,
             use_dora=cfg.kind == "dora",
             use_rslora=cfg.rslora,
-            target_modules=_places(model, cfg.target_modules),
+            target_modules=adapted_layers(model, cfg),
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.wrapped = get_peft_model(model, settings)
         model.eval()
-        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
         self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def merged(self, held: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """What the model without an adapter would hold, had it learned the same: one merged matrix at a time, in float32.
 
         Args:
-            held: Tensors of the model by their names there; some, or all.
+            held: Whole tensors of the model by their names there, all that is trained first.
         """
+        trained: dict[str, Tensor] = {}
         for name, tensor in held:
-            if name in self._trained:
-                continue
             layer_name, inner, rest = name.partition(".base_layer.")
-            if not inner:
+            if name in self._trained:
+                trained[name] = tensor
+            elif not inner:
                 yield name, tensor
             else:
-                yield f"{layer_name}.{rest}", self._merge(layer_name, tensor) if rest == "weight" else tensor
+                yield f"{layer_name}.{rest}", self._merge(layer_name, tensor, trained) if rest == "weight" else tensor
 
     @torch.no_grad()
-    def _merge(self, layer_name: str, weight: Tensor) -> Tensor:
-        layer = self._layers[layer_name]
-        a, b = (part[_NAME].weight.to(weight.device) for part in (layer.lora_A, layer.lora_B))
+    def _merge(self, layer_name: str, weight: Tensor, trained: dict[str, Tensor]) -> Tensor:
+        a, b = trained[f"{layer_name}.{_A}"], trained[f"{layer_name}.{_B}"]
         merged = torch.addmm(weight, b, a, alpha=self.cfg.scale)
         if self.cfg.kind == "dora":
-            magnitude = layer.lora_magnitude_vector[_NAME].weight.to(weight.device)
+            magnitude = trained[f"{layer_name}.{_MAGNITUDE}"]
             merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
         return merged
 
-    def save(self, directory: Path) -> None:
-        """Write the adapter alone, as a folder that peft and vLLM load onto the model it was made for."""
-        self.wrapped.save_pretrained(directory, save_embedding_layers=False)  # "auto" would look for a model in a hub
+    def factors(self, held: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A and s B of every adapted layer, by their names in a folder of peft; with alpha = rank there, it is this adapter.
+
+        Args:
+            held: As for `merged`; no more of it is taken than is trained.
+        """
+        for name, tensor in itertools.islice(held, len(self._trained)):
+            stored = PEFT_PREFIX + name.replace(f".{_NAME}.", ".")
+            yield stored, tensor * self.cfg.scale if name.endswith(_B) else tensor
+
+    def save(self, directory: Path, write: bool = True) -> None:
+        """Write the adapter alone, as a folder that peft and vLLM load onto the model it was made for.
+
+        Args:
+            directory: The folder.
+            write: False on a rank that only takes part in gathering.
+        """
+        state = self.wrapped.state_dict()
+        state = {name: whole(t) for name, t in state.items() if name.removeprefix(PEFT_PREFIX) in self._trained}
+        if write:
+            # "auto" for the embeddings would look for a model in a hub.
+            self.wrapped.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
 
     def load(self, directory: Path) -> None:
         """Take up what `save` wrote, bit for bit.
@@ -155,19 +192,19 @@ class Adapter:
         own = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
             raise ValueError(f"the adapter in {directory} is not of this run's kind, rank, places and model")
-        set_peft_model_state_dict(self.wrapped, tensors)
+        set_peft_model_state_dict(self.wrapped, {name: like(t, own[name]) for name, t in tensors.items()})
 
 
-def _places(model: Any, ends: Literal["all-linear"] | tuple[str, ...]) -> list[str]:
+def adapted_layers(model: Any, cfg: AdapterConfig) -> list[str]:
     """Names of the layers to adapt; see `AdapterConfig.target_modules` and `Adapter`.
 
     They are looked up here, since peft's own all-linear takes in more than linear layers.
     """
+    head, ends = model.get_output_embeddings(), cfg.target_modules
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the policy's weights are quantised: engines could not be given their sum with an adapter")
     layers = dict(model.named_modules())
     if ends == "all-linear":
-        head = model.get_output_embeddings()
         places = [name for name, layer in layers.items() if type(layer) is torch.nn.Linear and layer is not head]
         if not places:
             raise ValueError(f"{type(model).__name__} has no linear layers but its head")
@@ -185,9 +222,19 @@ def _places(model: Any, ends: Literal["all-linear"] | tuple[str, ...]) -> list[s
             raise ValueError(
                 f"target_modules: {name} is the embedding too; an adapter on one of the two would untie them"
             )
+        if layers[name] is head and cfg.publish == "adapter":
+            raise ValueError(
+                f"target_modules: {name} is the head; with an adapter there vLLM cannot score the sequences by which a "
+                "publication is checked; publish = 'merged' has none in the engine"
+            )
     return places
 
 
 def merged(adapter: Adapter | None, held: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
     """See `Adapter.merged`; without an adapter all is as it should be."""
     return held if adapter is None else adapter.merged(held)
+
+
+def trained_first(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """What is held, in its order, but all parts of an adapter before all else."""
+    return sorted(named, key=lambda item: f".{_NAME}." not in item[0])

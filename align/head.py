@@ -281,7 +281,9 @@ class _Formed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.gradients.times(grads[0]), None, None
+        gradients = ctx.gradients
+        del ctx.gradients  # the last owner's tensors become .grad without a copy
+        return *gradients.times(grads[0]), None, None
 
 
 class _Recomputed(torch.autograd.Function):

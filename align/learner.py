@@ -74,11 +74,15 @@ class UpdateStats:
         metrics: Parts of metrics, to be reduced.
         num_loss_tokens: Tokens that carried loss.
         skipped: True if loss or gradient of an optimizer step was not finite, and it left everything as it was.
+        advantages: [B, T] of the batch.
+        policy_logprobs: [B, T] when the trajectory's first optimizer step began; NaN where no loss was.
     """
 
     metrics: list[Metric]
     num_loss_tokens: int
     skipped: bool
+    advantages: Tensor
+    policy_logprobs: Tensor
 
 
 class Learner:
@@ -150,9 +154,13 @@ class Learner:
         batch, guard_metrics = self.objective.with_guard(batch, advantages)
         metrics += [*mask_metrics, *guard_metrics]
         cfg, finite, trained = self.objective.cfg, [], torch.zeros_like(batch.overlong)
+        policy_logprobs = torch.full_like(batch.behavior_logprobs, math.nan)
         for rows in minibatches(batch.num_trajectories, cfg.num_epochs, cfg.num_minibatches, self.version):
             part = batch.rows(rows)
-            step_metrics, is_finite = self._inner_step(part, advantages[rows, : part.token_ids.shape[1]])
+            longest = part.token_ids.shape[1]
+            step_metrics, is_finite, logprobs = self._inner_step(part, advantages[rows, :longest])
+            seen = policy_logprobs[rows, :longest]
+            policy_logprobs[rows, :longest] = logprobs.where(part.loss_mask & seen.isnan(), seen)
             metrics += step_metrics
             finite.append(is_finite)
             trained[rows] |= is_finite
@@ -167,7 +175,8 @@ class Learner:
             Metric("optimizer/skipped_updates", self.skipped_updates),
             Metric("throughput/trained_tokens_per_s", int(batch.lengths.sum()) / (time.perf_counter() - started)),
         ]
-        return UpdateStats([m for m in metrics if math.isfinite(m.value)], batch.num_loss_tokens, not all(finite))
+        metrics = [m for m in metrics if math.isfinite(m.value)]
+        return UpdateStats(metrics, batch.num_loss_tokens, not all(finite), advantages, policy_logprobs)
 
     def _with_old(self, batch: Batch) -> tuple[Batch, list[Metric]]:
         """The batch as the optimizer steps see it: its loss mask, and what critic and policy say before the first of them."""
@@ -181,9 +190,9 @@ class Learner:
             batch = replace(batch, old_logprobs=old)
         return batch, [*metrics, *mask_metrics]
 
-    def _inner_step(self, part: Batch, advantages: Tensor) -> tuple[list[Metric], bool]:
+    def _inner_step(self, part: Batch, advantages: Tensor) -> tuple[list[Metric], bool, Tensor]:
         """One optimizer step of the policy, and of the critic; neither is applied unless both gradients are finite."""
-        metrics = list(self._accumulate(part, advantages))
+        metrics, logprobs = self._accumulate(part, advantages)
         grad_norm = self.optimizer.clip()
         metrics.append(Metric("optimizer/grad_norm", grad_norm))
         if self.critic is not None:
@@ -197,10 +206,14 @@ class Learner:
         self.optimizer.zero_grad()
         if self.critic is not None:
             self.critic.optimizer.zero_grad()
-        return metrics, finite
+        return metrics, finite, logprobs
 
-    def _accumulate(self, batch: Batch, advantages: Tensor) -> Iterator[Metric]:
-        """Forward and backward over the micro-batches; gradients add up under the global denominator."""
+    def _accumulate(self, batch: Batch, advantages: Tensor) -> tuple[list[Metric], Tensor]:
+        """Forward and backward over the micro-batches; gradients add up under the global denominator.
+
+        Returns:
+            The metrics, and the policy's log-probabilities of the whole batch [B, T].
+        """
         self.optimizer.zero_grad()
         weights = self.objective.weights(batch)
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
@@ -214,9 +227,11 @@ class Learner:
             if one.counts:
                 policy_logprobs[one.rows, :longest] = logprobs
                 metrics += of_part
-        yield from self.policy.ranks.gather(metrics)
-        yield Metric("throughput/padding_fraction", 1 - int(batch.lengths.sum()) / int(self.policy.ranks.sum(computed)))
-        yield from off_policy_metrics(batch, self.policy.ranks.sum(policy_logprobs))
+        gathered = list(self.policy.ranks.gather(metrics))
+        padding = 1 - int(batch.lengths.sum()) / int(self.policy.ranks.sum(computed))
+        policy_logprobs = self.policy.ranks.sum(policy_logprobs)
+        whole = [Metric("throughput/padding_fraction", padding), *off_policy_metrics(batch, policy_logprobs)]
+        return [*gathered, *whole], policy_logprobs
 
     @property
     def _packs(self) -> bool:

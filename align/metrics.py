@@ -31,6 +31,7 @@ def _d(meaning: str, unit: str = "", reduce: Reduce = "mean") -> Definition:
 GLOSSARY: dict[str, Definition] = {
     "reward/token_mean": _d("Mean reward of a sampled token. With alpha = 1 its best value is 0.", "nats"),
     "reward/trajectory_mean": _d("Mean over trajectories of the sum of a trajectory's token rewards.", "nats"),
+    "reward/quarantined_fraction": _d("Share of judged trajectories whose verifier failed; they are not trained."),
     "reward/clipped_fraction": _d("Share of rewards (of tokens, or outcomes) that algorithm.reward_range moved."),
     "kl/behavior_reference": _d("Mean of log mu - log P_ref over sampled tokens: the k1 estimate per token.", "nats"),
     "kl/policy_reference": _d("Mean of the KL estimate to the reference that the loss charges, per token.", "nats"),
@@ -100,6 +101,7 @@ GLOSSARY: dict[str, Definition] = {
     "staleness/mean": _d("Mean over groups of learner version minus the group's oldest version.", "versions"),
     "staleness/max": _d("The same, largest; never above run.max_staleness.", "versions", "max"),
     "tokens/generated": _d("Tokens sampled for the step.", "tokens", "sum"),
+    "tokens/masked": _d("Sampled tokens that algorithm.mask_overlong took out of the update.", "tokens", "sum"),
     "tokens/trained": _d("Sampled tokens that the update learned from.", "tokens", "sum"),
     "throughput/generated_tokens_per_s": _d("Sampled tokens of the step over time/step_s.", "tokens/s"),
     "throughput/trained_tokens_per_s": _d("Trained tokens (with prompts) over the time of the update.", "tokens/s"),
@@ -111,11 +113,22 @@ GLOSSARY: dict[str, Definition] = {
         "s",
         "sum",
     ),
+    "time/other_s": _d(
+        "Rest of time/step_s: evaluation, checkpoint and logging of the step before; the other phases are rollout_wait, update "
+        "and publish.",
+        "s",
+        "sum",
+    ),
     "time/eval_s": _d("Time of the evaluation.", "s", "sum"),
     "time/checkpoint_s": _d("Time to write the checkpoint.", "s", "sum"),
     "time/step_s": _d(
         "Wall time from the last publish to this one, evaluation and checkpoint in between included.", "s", "sum"
     ),
+    "idle/learner_fraction": _d("Share of time/step_s in which the learner waited for groups."),
+    "idle/rollout_fraction": _d(
+        "Share of the rollout actors' time without a request in flight, or with requests held up by a load of weights."
+    ),
+    "idle/scorer_fraction": _d("Share of the scorers' time in which they scored no group."),
     "weights/version": _d("Policy version that every rollout actor serves after the step.", "version", "last"),
     "weights/published_bytes": _d("Bytes sent to each rollout actor.", "bytes", "last"),
     "weights/canary_gap": _d(
@@ -124,7 +137,7 @@ GLOSSARY: dict[str, Definition] = {
         "max",
     ),
     "ledger/admitted": _d(
-        "Prompts admitted so far; equals trained + filtered + returned + in flight.", "prompts", "last"
+        "Prompts admitted so far; equals trained + filtered + quarantined + returned + in flight.", "prompts", "last"
     ),
     "ledger/trained": _d(
         "Prompts that were part of an update so far, skipped updates included.",
@@ -132,7 +145,16 @@ GLOSSARY: dict[str, Definition] = {
         "last",
     ),
     "ledger/filtered": _d("Prompts whose group was dropped so far, since it had no signal.", "prompts", "last"),
+    "ledger/quarantined": _d("Prompts whose group was dropped so far, since its reward failed.", "prompts", "last"),
     "ledger/returned": _d("Prompts given back so far because their rollout actor was lost.", "prompts", "last"),
+    "goodput/trained_fraction": _d(
+        "Trained tokens among those whose fate was decided in the step; low is wasted work."
+    ),
+    "goodput/sampled_tokens": _d(
+        "Tokens of groups handed over so far, over resumes; equals the sum of the fates below. Without evaluations.",
+        "tokens",
+        "last",
+    ),
     "filter/dropped_passed": _d("Groups dropped for the step because all trajectories passed.", "groups", "sum"),
     "filter/dropped_failed": _d("Groups dropped for the step because all failed alike.", "groups", "sum"),
     "filter/pass_rate": _d("Mean share of trajectories that passed, over the step's trained and dropped groups."),
@@ -150,8 +172,25 @@ for _set in ("heldout", "train"):
     GLOSSARY[f"eval/{_set}/accuracy"] = _d(
         f"Mean verdict, 0 to 1, of the reward's verifier on sampled answers, {_which}."
     )
+    GLOSSARY[f"eval/{_set}/unjudged_fraction"] = _d(
+        f"Share of sampled answers that the reward's verifier failed on, which the accuracy leaves out, {_which}."
+    )
     GLOSSARY[f"eval/{_set}/grammatical"] = _d(f"Share of sampled sentences that the parser accepts, {_which}.")
     GLOSSARY[f"eval/{_set}/completion_tokens_mean"] = _d(f"Mean length of a sampled completion, {_which}.", "tokens")
+
+
+for _fate, _meaning in {
+    "trained": "that carried loss in an applied update",
+    "filtered": "of groups without signal",
+    "masked": "cut off by length and masked",
+    "skipped": "of updates that were not finite",
+    "quarantined": "whose reward failed, or that of most of their group",
+    "returned": "whose rollout actor was lost before they were scored",
+    "redone": "trained after the checkpoint that a resumed run went on from",
+    "left": "that were waiting when a process of the run ended",
+    "waiting": "to be scored, or in the buffer",
+}.items():
+    GLOSSARY[f"goodput/{_fate}_tokens"] = _d(f"Sampled tokens so far {_meaning}.", "tokens", "last")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,12 @@
-"""A Hugging Face folder of a causal language model: whether it is one, its config, its tokenizer."""
+"""A Hugging Face folder of a causal language model: whether it is one, its config, its tokenizer, the names of its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code from folders
 
@@ -21,6 +24,16 @@ def text_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(directory, **LOCAL).get_text_config()
+
+
+def empty_model(directory: Path) -> Any:
+    """The model of a folder without its weights, hence without memory (torch's device "meta")."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, **LOCAL)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -56,3 +69,16 @@ def checked_model_directory(directory: Path | str) -> Path:
     if not list(directory.glob("*.safetensors")):
         raise ValueError(f"model folder {directory} holds no *.safetensors weights; only safetensors are read")
     return directory
+
+
+def stored(model: Any, name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """A parameter of a model as folders and vLLM know it.
+
+    transformers holds the experts of a mixture in one tensor, others know each by itself. The parts are views or copies.
+    """
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    held = {name: parameter}
+    parts: dict[str, Tensor] = revert_weight_conversion(model, held) if isinstance(model, PreTrainedModel) else held
+    return parts

@@ -124,7 +124,10 @@ class Objective:
         if not self.cfg.mask_overlong:
             return batch, []
         masked = replace(batch, loss_mask=batch.loss_mask & ~batch.overlong[:, None])
-        return masked, [Metric("trajectory/overlong_masked_fraction", float(batch.overlong.float().mean()))]
+        return masked, [
+            Metric("trajectory/overlong_masked_fraction", float(batch.overlong.float().mean())),
+            Metric("tokens/masked", batch.num_loss_tokens - masked.num_loss_tokens),
+        ]
 
     def with_guard(self, batch: Batch, advantages: Tensor) -> tuple[Batch, list[Metric]]:
         """The batch with the tokens that the entropy guard holds, chosen from all of it."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from align import attention
-from align.adapters import Adapter, merged
+from align.adapters import Adapter, merged, trained_first
 from align.head import MAX_LOGITS_BYTES, Head
-from align.model_folder import LOCAL, attention_of, checked_model_directory, load_tokenizer
+from align.model_folder import LOCAL, attention_of, checked_model_directory, load_tokenizer, stored
 from align.ranks import Ranks, is_sharded, named_shards, shard, whole
 from align.support import restricted
 from align.trunk import Trunk
@@ -109,12 +109,11 @@ class Policy:
         """
         every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied = every - {name for name, _ in self.model.named_parameters()}  # gathered twice, it would be written twice
+        held = ((name, whole(t)) for name, t in trained_first(self.model.state_dict().items()) if name not in tied)
         state = {}
-        for name, tensor in merged(self.adapter, self.model.state_dict().items()):
-            if name not in tied:
-                full = whole(tensor)
-                if self.ranks.first:
-                    state[name] = full.to("cpu", DTYPES[dtype])
+        for name, tensor in merged(self.adapter, held):
+            if self.ranks.first:
+                state[name] = tensor.to("cpu", DTYPES[dtype])
         if not self.ranks.first:
             return
         self.model.save_pretrained(directory, state_dict=state)
@@ -136,34 +135,30 @@ class Policy:
 
         Of many ranks the first asks, while the others `follow`; one parameter at a time is whole.
         """
-        names, parameters = zip(*named_shards(self.model), strict=True)
-        held = zip(names, self.ranks.lead([p.detach() for p in parameters]), strict=True)
-        for name, parameter in merged(self.adapter, held):
-            yield from self._stored(name, parameter).items()
+        for name, parameter in merged(self.adapter, self._gathered()):
+            yield from stored(self.model, name, parameter).items()
+
+    def named_factors(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapter alone; see `Adapter.factors`. Of many ranks as `named_weights`."""
+        assert self.adapter is not None
+        return self.adapter.factors(self._gathered())
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        names, shards = zip(*self._shards(), strict=True)
+        return zip(names, self.ranks.lead(shards), strict=True)
+
+    def _shards(self) -> list[tuple[str, Tensor]]:
+        return [(name, p.detach()) for name, p in trained_first(named_shards(self.model))]
 
     def named_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of all that `named_weights` yields, by name and in its order; gathers nothing."""
-        held = ((name, torch.empty(p.shape, device="meta")) for name, p in named_shards(self.model))
-        stored = (self._stored(name, parameter) for name, parameter in merged(self.adapter, held))
-        return {name: tuple(tensor.shape) for parts in stored for name, tensor in parts.items()}
+        held = ((name, torch.empty(p.shape, device="meta")) for name, p in self._shards())
+        parts = (stored(self.model, name, parameter) for name, parameter in merged(self.adapter, held))
+        return {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
 
     def follow(self) -> None:
-        """On every rank but the first: take part in `named_weights` until the first calls `ranks.release`."""
-        self.ranks.follow([p.detach() for _, p in named_shards(self.model)])
-
-    def _stored(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter as folders and vLLM know it.
-
-        transformers holds the experts of a mixture in one tensor, others know each by itself. The parts are views or copies.
-        """
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-
-        held = {name: parameter}
-        stored: dict[str, Tensor] = (
-            revert_weight_conversion(self.model, held) if isinstance(self.model, PreTrainedModel) else held
-        )
-        return stored
+        """On every rank but the first: take part in what the first gathers until it calls `ranks.release`."""
+        self.ranks.follow([shard for _, shard in self._shards()])
 
     @cached_property
     def trunk(self) -> Trunk:

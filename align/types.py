@@ -9,7 +9,7 @@ the log-probability of `token_ids[t]` given the tokens before it. Position 0 is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -176,12 +176,16 @@ class TokenRewards:
         ref_logprobs: [T] log-probability under the reference, or None if no reference was asked; 0 outside `loss_mask`.
         ref_top: What the reference ranks highest, or None if that was not asked.
         step_ends: [T] bool, the last token of each step that a process reward judged; None if every sampled token is a step.
+        parts: Sum of the weighted token rewards of each part of a composite reward, by its kind; empty for others.
+        failure: Traceback of a reward that failed on this trajectory, which is then not trained; None if it was judged.
     """
 
     rewards: FloatArray
     ref_logprobs: FloatArray | None = None
     ref_top: TopTokens | None = None
     step_ends: BoolArray | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,3 +203,12 @@ class ScoredGroup:
                 raise ValueError(f"prompt {self.group.ticket.prompt.id!r}: a reward is not finite")
             if score.step_ends is not None and (score.rewards[~score.step_ends] != 0).any():
                 raise ValueError(f"prompt {self.group.ticket.prompt.id!r}: a token that ends no step has a reward")
+
+    def judged(self) -> ScoredGroup:
+        """The group as if the trajectories whose reward failed had never been sampled."""
+        kept = [index for index, score in enumerate(self.scores) if score.failure is None]
+        if len(kept) == len(self.scores):
+            return self
+        ticket = replace(self.group.ticket, seeds=tuple(self.group.ticket.seeds[i] for i in kept))
+        group = Group(ticket, tuple(self.group.trajectories[i] for i in kept))
+        return ScoredGroup(group, tuple(self.scores[i] for i in kept))

@@ -15,6 +15,7 @@ from cluster.shape import ModelShape
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2
+SHARED_GPU = 0.25  # what learner and engine each ask of Ray when they share a GPU; it limits nothing
 # What Python, torch, vLLM and Ray take before any model, resident, measured in the demo on CPUs (make demo, two cores).
 _PROCESS_BYTES = {"controller": 900 << 20, "learner": 500 << 20, "rollout": 1400 << 20, "scorer": 450 << 20}
 
@@ -44,16 +45,33 @@ def roles(cfg: RunConfig, policy: ModelShape, reference: ModelShape | None) -> l
     learner, rollout = _learner(cfg, policy), _rollout(cfg, policy)
     if cfg.transport == "ipc":  # both on one GPU
         both = learner.gpu_bytes + rollout.gpu_bytes
-        learner, rollout = (replace(role, gpus=0.5, gpu_bytes=both) for role in (learner, rollout))
+        learner, rollout = (replace(role, gpus=SHARED_GPU, gpu_bytes=both) for role in (learner, rollout))
     found = [controller, learner, rollout, _scorer(cfg, reference)]
     return [replace(role, host_bytes=role.host_bytes + _PROCESS_BYTES[role.name]) for role in found]
+
+
+def places(cfg: RunConfig) -> list[Role]:
+    """What Ray is asked to set aside, which is CPUs and GPUs: it knows no memory, so none is counted here.
+
+    By default scorers set no CPU aside, since on one machine they compute while others wait. Learner and engine that share a
+    GPU ask for one place.
+    """
+    learner, rollout, scorer = cfg.learner, cfg.rollout, cfg.scorer
+    asked = [
+        ("learner", learner.num_ranks, learner.num_cpus, float(learner.num_gpus)),
+        ("rollout", rollout.num_actors, rollout.num_cpus, float(rollout.num_gpus)),
+    ]
+    if cfg.transport == "ipc":
+        asked = [("learner", 1, learner.num_cpus + rollout.num_cpus, 2 * SHARED_GPU)]
+    asked.append(("scorer", scorer.num_actors, scorer.num_cpus, scorer.num_gpus))
+    return [Role(name, count, cpus, gpus, 0, 0, "") for name, count, cpus, gpus in asked]
 
 
 def _learner(cfg: RunConfig, model: ModelShape) -> Role:
     learner, bytes_each = cfg.learner, _BYTES[cfg.learner_dtype]
     tokens, num_ranks = learner.max_tokens_per_micro_batch, learner.num_ranks
     states = (4 * model.num_parameters + 12 * model.num_trained) // num_ranks
-    adapter = 4 * model.num_adapter_parameters
+    adapter = 4 * model.num_adapter_parameters // num_ranks
     of_layers = _ACTIVATION_BYTES * model.num_layers
     held = _ACTIVATION_BYTES + 2 * model.num_layers if learner.activation_checkpointing else of_layers
     activations = held * bytes_each // 2 * tokens * model.hidden_size
@@ -145,7 +163,8 @@ class Arithmetic:
         """From the run file and the policy's shape."""
         trajectories = cfg.run.prompts_per_step * cfg.run.group_size
         per_row = cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len
-        publish = _BYTES[cfg.engine_dtype] * model.num_parameters
+        published = model.num_trained if cfg.policy.engine_adapter else model.num_parameters
+        publish = _BYTES[cfg.engine_dtype] * published
         checkpoint = 4 * model.num_parameters + 8 * model.num_trained + 4 * model.num_adapter_parameters
         return cls(
             groups_in_flight=(cfg.run.max_staleness + 1) * cfg.run.prompts_per_step,

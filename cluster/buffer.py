@@ -59,6 +59,11 @@ class Buffer(Generic[Item]):
         """Slots that can be reserved now."""
         return self.num_slots - len(self._waiting) - self._num_taken
 
+    @property
+    def num_filled(self) -> int:
+        """Groups that are there and not yet taken."""
+        return sum(slot.item is not None for slot in self._waiting)
+
     async def reserve(self) -> Slot[Item]:
         """Admit one group; waits until a slot is free, woken by `release` or `cancel`."""
         await self._until(lambda: self.num_free > 0 and not self._closed)

@@ -22,12 +22,15 @@ class RunState:
     Attributes:
         version: Policy version, the number of optimizer steps that were applied.
         cursor: Number of the next new ticket.
-        leased: Tickets that were handed out and neither trained nor filtered; they go out again first.
+        leased: Tickets that were handed out and not yet trained or dropped; they go out again first.
         num_trained: Tickets trained so far.
         num_filtered: Tickets filtered so far.
+        num_quarantined: Tickets quarantined so far.
+        quarantine: From `Quarantine.state`.
         filter: From `Filter.state`.
         reference_version: Policy version of the reference in `reference/`; 0 if it is the run's first one, which is not there.
         reference_fingerprint: Of its weights.
+        wandb_id: The W&B run that goes on after a resume.
     """
 
     version: int
@@ -35,9 +38,12 @@ class RunState:
     leased: tuple[int, ...]
     num_trained: int
     num_filtered: int = 0
+    num_quarantined: int = 0
+    quarantine: Mapping[str, Any] = field(default_factory=dict)
     filter: Mapping[str, Any] = field(default_factory=dict)
     reference_version: int = 0
     reference_fingerprint: str = ""
+    wandb_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

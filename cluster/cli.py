@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,19 +129,36 @@ def submit(
         bool, typer.Option("--follow", help="Print the log until the end; exit with the run's code.")
     ] = False,
     job_id: Annotated[str | None, typer.Option("--id", metavar="ID", help="The job's id; left out: a new one.")] = None,
+    driver_resources: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=AMOUNT",
+            help="What the driver asks for, so that it runs on a machine that has it and not on the head: CPU=1, or a "
+            "resource with a name of its own. May be repeated.",
+        ),
+    ] = [],  # noqa: B006
 ) -> None:
     """Start a run as a job of a Ray cluster. Submitted again with the same run.dir, it resumes.
 
     Only the run file, the code, the prompts and small models are uploaded. Secrets are not: put WANDB_API_KEY into the
     environment of the cluster's machines. The cluster's token is read from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    A run that can never fit is refused before anything is uploaded, with changes that would fit.
     """
     from cluster.config import load_config
-    from cluster.submit import Jobs
+    from cluster.submit import Jobs, read_resources
+    from cluster.upload import check_run_dir
+    from cluster.wandb_link import whereabouts
 
     cfg = load_config(file, overrides)
-    jobs = Jobs(address)
-    job = jobs.submit(cfg, job_id)
-    typer.echo(f"job          {job}\nrun folder   {cfg.run.dir}")
+    run_dir, driver = check_run_dir(cfg), read_resources(driver_resources)
+    jobs = Jobs.at(address)
+    if doubt := jobs.check_room(cfg, driver):
+        typer.echo(f"room         {doubt}")
+    job = jobs.submit(cfg, job_id, driver)
+    if_key = "" if cfg.wandb.mode == "online" else " (once the machines of the cluster have a key)"
+    online = cfg.wandb.mode in ("auto", "online")
+    link = whereabouts(cfg.wandb, run_dir, online=online, run_id=jobs.status(job).metadata["align_wandb_id"])
+    typer.echo(f"job          {job}\nrun folder   {run_dir}\nW&B          {link}{if_key if online else ''}")
     typer.echo(f"log          align jobs logs {job} --follow --address {address}")
     typer.echo(f"stop         align jobs stop {job} --address {address}")
     if follow:
@@ -160,7 +175,7 @@ def list_(address: Address = LOCAL_DASHBOARD) -> None:
     """The jobs that align submitted, oldest first."""
     from cluster.submit import Jobs
 
-    for job in Jobs(address).list():
+    for job in Jobs.at(address).list():
         typer.echo(f"{job.submission_id:<40} {job.status:<10} {job.metadata['align_run_dir']}")
 
 
@@ -173,7 +188,7 @@ def logs(
     """The log of a job."""
     from cluster.submit import Jobs
 
-    cluster_jobs = Jobs(address)
+    cluster_jobs = Jobs.at(address)
     if follow:
         raise typer.Exit(_follow(cluster_jobs, job))
     typer.echo(cluster_jobs.log(job), nl=False)
@@ -184,12 +199,16 @@ def stop(job: JobId, address: Address = LOCAL_DASHBOARD) -> None:
     """Let a job finish its step, save and end; it resumes when it is submitted again."""
     from cluster.submit import Jobs
 
-    typer.echo(f"{job} {Jobs(address).stop(job)}")
+    typer.echo(f"{job} {Jobs.at(address).stop(job)}")
 
 
 def _follow(cluster_jobs: Any, job: str) -> int:
+    from cluster.follow import follow
+
     try:
-        return int(cluster_jobs.follow(job, lambda text: typer.echo(text, nl=False)))
+        return follow(
+            cluster_jobs, job, lambda text: typer.echo(text, nl=False), lambda line: typer.echo(line, err=True)
+        )
     except KeyboardInterrupt:
         typer.echo(f"no longer followed; the job goes on: align jobs stop {job} ends it")
         return 0
@@ -203,11 +222,7 @@ def doctor(
     overrides: Overrides = [],  # noqa: B006
     address: Annotated[
         str | None,
-        typer.Option(
-            envvar="RAY_ADDRESS",
-            metavar="HOST:PORT",
-            help="A Ray cluster that this machine is part of: look at every node.",
-        ),
+        typer.Option(envvar="RAY_ADDRESS", metavar="HOST:PORT", help="Every node of this machine's cluster."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Start no engine, no scorer and no learner.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON, those of each node.")] = False,
@@ -217,21 +232,10 @@ def doctor(
     Exit codes: 0 nothing fails (warnings may be there); 2 only the run file or what it names does; 3 a machine does.
     """
     from cluster.config import load_config
-    from cluster.doctor.examination import examine
-    from cluster.doctor.verdict import exit_code, together
+    from cluster.doctor.told import tell
 
     cfg = load_config(file, overrides) if file else None
-    if address is not None:
-        os.environ["RAY_ADDRESS"] = address
-    looks = examine(cfg, quick=quick, say=lambda text: typer.echo(text, err=True))
-    verdicts = []
-    for verdict in looks if as_json else together(looks):
-        verdicts.append(verdict)
-        if not as_json:
-            typer.echo(verdict.line())
-    if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=2))
-    raise typer.Exit(exit_code(verdicts))
+    raise typer.Exit(tell(cfg, address, quick=quick, as_json=as_json, echo=typer.echo))
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -258,7 +262,7 @@ def status(
             screen.update(table(run))
 
 
-@app.command(epilog="Example: align inspect runs/demo-20261125-101500 --step 12 --ticket 731 --repeat 2")
+@app.command(epilog="Example: align inspect runs/demo-20261125-101500 --step 12 --ticket 731 --repeat 2 --web")
 def inspect(
     run: Run,
     step: Annotated[int | None, typer.Option(help="Trajectories of this step; left out: a line per step.")] = None,
@@ -266,14 +270,63 @@ def inspect(
     repeat: Annotated[int | None, typer.Option(help="One trajectory of the group, token by token.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Only prompts with this id, or with this text in them.")] = None,
     ending: Annotated[str | None, typer.Option(help="Only trajectories that ended so: stop or length.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Trajectories shown: the lowest and the highest rewards.")] = 20,
+    min_reward: Annotated[float | None, typer.Option(help="Only rewards from here on.")] = None,
+    max_reward: Annotated[float | None, typer.Option(help="Only rewards up to here.")] = None,
+    min_staleness: Annotated[
+        int | None, typer.Option(help="Only trajectories at least this many versions old.")
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            help="What comes first: highest, lowest, longest, shortest, stalest, farthest (from the reference), "
+            "drifted (from the sampler) or, in a step, pull (what moved the loss); left out: the lowest and the highest rewards."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Trajectories shown.")] = 20,
+    web: Annotated[bool, typer.Option("--web", help="Serve pages to a browser on this machine until Ctrl-C.")] = False,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of --web; left out: 8440 or a free one.")
+    ] = None,
 ) -> None:
-    """What a run learned from: steps, their extremes, the answers to one prompt, the reward of every token."""
+    """What a run learned from: steps, their extremes, the answers to one prompt, the numbers of every token."""
+    from cluster.selection import Selection
+
+    chosen = Selection(step, step, prompt, ending, min_reward, max_reward, min_staleness)
+    if web:
+        from cluster.web.server import serve
+
+        serve(run, port, chosen, ticket, repeat, order, typer.echo)
+        return
     from rich.console import Console
 
     from cluster.inspect import view
 
-    Console().print(view(run, step, ticket, repeat, prompt, ending, limit))
+    Console().print(view(run, chosen, ticket, repeat, order, limit))
+
+
+@app.command(epilog="Example: align dashboard --entity my-team --project align --report")
+def dashboard(
+    entity: Annotated[str | None, typer.Option(help="Team or user; left out: the key's own.")] = None,
+    project: Annotated[str, typer.Option(help="Project, as wandb.project of the runs.")] = "align",
+    report: Annotated[bool, typer.Option("--report", help="Save a report that explains every metric, too.")] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the workspace as it would be sent, and ask no server."),
+    ] = None,
+) -> None:
+    """Save a W&B workspace with a panel for every metric, by section. Needs the extra `dashboard`."""
+    from cluster.dashboard import as_json, build_workspace, save
+
+    if file is None:
+        for address in save(entity, project, report):
+            typer.echo(address)
+        return
+    if report:
+        raise ConfigError(
+            "a report needs the server's name for the project, a file has the workspace alone", "leave one out"
+        )
+    file.write_text(as_json(build_workspace(entity or "", project)), encoding="utf-8")
+    typer.echo(f"{file} is written")
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]

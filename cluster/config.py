@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,12 +17,15 @@ from align.judges import JUDGES
 from align.learner import LearnerConfig
 from align.optimizer import OptimizerConfig
 from align.prompts import PromptConfig
-from align.rewards.kinds import RewardSection, kinds_in, reads_reference
+from align.rewards.kinds import RewardSection, kinds_in, reads_reference, verifier_of
 from align.rewards.overlong import OverlongConfig
 from align.rewards.reference import ReferenceRewardConfig
+from cluster.alerts import AlertConfig
+from cluster.explanation import explain
 from cluster.faults import ConfigError
 from cluster.filtering import FilterConfig
 from cluster.processor import native_dtype
+from cluster.quarantine import QuarantineConfig
 from cluster.rollout import RolloutConfig, SamplingConfig
 from cluster.scorer import ScorerConfig
 from cluster.sinks import WandbConfig
@@ -48,6 +50,7 @@ class RunSection(Section):
     prompts_per_step: int = Field(ge=1, description="Prompts (groups) of one step.")
     group_size: int = Field(1, ge=1, description="Trajectories per prompt.")
     max_staleness: int = Field(0, ge=0, description="Versions a trajectory may be late; 0 is exact on-policy training.")
+    trace: bool = Field(False, description="Write trace.json: what each process did when, for ui.perfetto.dev.")
 
 
 class ModelSection(Section):
@@ -62,6 +65,11 @@ class PolicySection(ModelSection):
     adapter: AdapterConfig | None = Field(
         None, description="Trained instead of the weights; left out: all weights are."
     )
+
+    @property
+    def engine_adapter(self) -> AdapterConfig | None:
+        """The adapter that engines have as such; None where they have one set of weights."""
+        return self.adapter if self.adapter and self.adapter.publish == "adapter" else None
 
 
 class ReferenceSection(ModelSection):
@@ -98,8 +106,9 @@ class CheckpointSection(Section):
 
 
 class DeadlinesSection(Section):
-    """Times for the learner's work; those of other roles are in their sections."""
+    """Times for the start and the learner's work; those of other roles are in their sections."""
 
+    room_s: float = Field(3600, ge=0, description="Time to wait for room on a cluster that others keep busy.")
     start_s: float = Field(300, gt=0, description="Time for the learner to load the policy.")
     update_s: float = Field(1800, gt=0, description="Time for one update or one part of an evaluation.")
     save_s: float = Field(600, gt=0, description="Time to export weights or write a checkpoint.")
@@ -116,6 +125,7 @@ class RunConfig(Section):
     prompts: PromptConfig
     reward: RewardSection = ReferenceRewardConfig()
     sampling: SamplingConfig = SamplingConfig()
+    quarantine: QuarantineConfig = QuarantineConfig()
     filter: FilterConfig = FilterConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -128,6 +138,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     deadlines: DeadlinesSection = DeadlinesSection()
     wandb: WandbConfig = WandbConfig()
+    alerts: AlertConfig = AlertConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
@@ -138,7 +149,7 @@ class RunConfig(Section):
 
     def _problems(self) -> list[str | None]:
         rollout, algorithm = self.rollout, self.algorithm
-        num_trajectories = self.run.prompts_per_step * self.run.group_size
+        num_trajectories, fewest = self.run.prompts_per_step * self.run.group_size, self.fewest_trajectories
         weighted = algorithm.surrogate == "reinforce" or algorithm.proximal != "behavior"
         return [
             f"a [reference] is needed for {' and '.join(self.reference_readers)}"
@@ -159,9 +170,9 @@ class RunConfig(Section):
             "the section [critic] is read by algorithm.baseline = 'critic' alone"
             if algorithm.baseline != "critic" and self.critic is not None
             else None,
-            f"algorithm.num_minibatches ({algorithm.num_minibatches}) is above the {num_trajectories} trajectories of a step: "
-            "one would be empty"
-            if algorithm.num_minibatches > num_trajectories
+            f"algorithm.num_minibatches ({algorithm.num_minibatches}) is above the {fewest} trajectories of a step (two of a "
+            "group where a verifier may fail on the others): one would be empty"
+            if algorithm.num_minibatches > fewest
             else None,
             f"algorithm.kl_horizon ({algorithm.kl_horizon}) is below the {num_trajectories} trajectories of a step: the "
             "coefficient would jump"
@@ -194,6 +205,14 @@ class RunConfig(Section):
             else None,
             "weights.transport = 'ipc' is for one engine on the learner's GPU: rollout.num_actors = 1 and num_gpus = 1"
             if self.weights.transport == "ipc" and (rollout.num_actors, rollout.num_gpus) != (1, 1)
+            else None,
+            f"policy.adapter.publish = 'adapter' needs weights.transport = 'object_store' (not {self.weights.transport!r}): vLLM "
+            "takes adapters from files"
+            if self.policy.engine_adapter and self.weights.transport in ("nccl", "ipc")
+            else None,
+            "policy.adapter.publish = 'adapter' needs rollout.num_gpus of at most 1: what each of several GPUs holds of it "
+            "is not compared with what was published; 'merged' is"
+            if self.policy.engine_adapter and rollout.num_gpus > 1
             else None,
             *self._problems_of_sampling(),
             *self._problems_of_ranks(),
@@ -228,17 +247,13 @@ class RunConfig(Section):
         ]
 
     def _problems_of_ranks(self) -> list[str | None]:
-        learner, num_trajectories = self.learner, self.run.prompts_per_step * self.run.group_size
+        learner = self.learner
         if learner.num_ranks == 1:
             return []
         return [
-            "[policy.adapter] needs learner.num_ranks = 1: the shards of a matrix and of its update lie on different ranks, and "
-            "what is published is their product"
-            if self.policy.adapter is not None
-            else None,
-            f"learner.num_ranks ({learner.num_ranks}) is above the {num_trajectories} trajectories of a step "
-            "(run.prompts_per_step * run.group_size): some ranks would have nothing to train on"
-            if learner.num_ranks > num_trajectories
+            f"learner.num_ranks ({learner.num_ranks}) is above the {self.fewest_trajectories} trajectories of a step "
+            "(two of a group where a verifier may fail on the others): some ranks would have nothing to train on"
+            if learner.num_ranks > self.fewest_trajectories
             else None,
             "learner.num_ranks above 1 needs learner.num_cpus or num_gpus above 0, by which Ray places the ranks"
             if not (learner.num_cpus or learner.num_gpus)
@@ -247,6 +262,12 @@ class RunConfig(Section):
             if self.weights.transport == "ipc"
             else None,
         ]
+
+    @property
+    def fewest_trajectories(self) -> int:
+        """Trajectories that every step has: where a verifier may fail, two of each group are sure to be left."""
+        size = self.run.group_size
+        return self.run.prompts_per_step * (min(size, 2) if verifier_of(self.reward) else size)
 
     @property
     def reference_readers(self) -> list[str]:
@@ -285,7 +306,8 @@ class RunConfig(Section):
         """How weights travel."""
         if self.weights.transport != "auto":
             return self.weights.transport
-        return "nccl" if self.learner.num_gpus and self.rollout.num_gpus else "object_store"
+        on_gpus = self.learner.num_gpus and self.rollout.num_gpus
+        return "nccl" if on_gpus and not self.policy.engine_adapter else "object_store"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -308,7 +330,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(
-            f"{path}: " + "\n".join(map(_explain, error.errors())), "correct the keys that are named"
+            f"{path}: " + "\n".join(explain(one, RunConfig) for one in error.errors()),
+            "correct the keys that are named",
         ) from None
 
 
@@ -326,54 +349,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section", "check the key")
     tree[last] = value
-
-
-def _explain(error: Any) -> str:
-    """One of pydantic's errors in our words."""
-    place = ".".join(_follow(error["loc"])[0])
-    match error["type"]:
-        case "extra_forbidden":
-            return f"unknown key {place!r}{_nearest(error['loc'])}"
-        case "missing":
-            return f"{place!r} is missing"
-        case "value_error":
-            return f"{place + ': ' if place else ''}{error['ctx']['error']}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            key, kinds = error["ctx"]["discriminator"].strip("'"), error["ctx"].get("expected_tags")
-            return f"{place}.{key} is one of: {kinds}" if kinds else f"'{place}.{key}' is missing"
-    return f"{place}: {error['msg']}, got {error['input']!r}"
-
-
-def _nearest(location: tuple[Any, ...]) -> str:
-    names = list(dict.fromkeys(name for model in _follow(location[:-1])[1] for name in model.model_fields))
-    if not names:
-        return ""
-    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
-
-
-def _follow(location: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The keys of one of pydantic's locations, without the names of kinds that it puts between them; and the models there."""
-    keys: list[str] = []
-    models: list[type[BaseModel]] = [RunConfig]
-    for part in location:
-        if chosen := [model for model in models if part in _kinds(model)]:
-            models = chosen
-            continue
-        keys.append(str(part))
-        if isinstance(part, str):
-            fields = [model.model_fields[part] for model in models if part in model.model_fields]
-            models = [model for field in fields for model in _models_in(field.annotation)]
-    return keys, models
-
-
-def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
-    """The value of the key that tells this model from the others of its section, if there is one."""
-    fields = (model.model_fields.get(key) for key in ("kind", "generator"))
-    return tuple(value for field in fields if field for value in get_args(field.annotation))
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]

@@ -140,10 +140,18 @@ PANELS = (
         scale="zero",
     ),
 )
+_ROLES = {"learner": "learner", "rollout": "rollout actors", "scorer": "scorers"}
 FURTHER_PANELS = (
     Panel("Completion length", "tokens", (("trajectory/completion_tokens_mean", "mean"),), "zero"),
     Panel("Gradient norm", "before clipping, log scale", (("optimizer/grad_norm", "norm"),), scale="log"),
     Panel("Learning rate", "", (("optimizer/lr", "rate"),)),
+    Panel("Goodput", "trained of the tokens decided on", (("goodput/trained_fraction", "trained"),), "rate"),
+    Panel(
+        "Idle",
+        "share of the time",
+        tuple((f"idle/{role}_fraction", name) for role, name in _ROLES.items()),
+        "rate",
+    ),
     Panel("Canary gap of the weights", "nats", (("weights/canary_gap", "gap"),)),
 )
 """Drawn on the page only, below the others."""

@@ -78,6 +78,8 @@ def metrics_of(name: str, answers: Sequence[Answer]) -> list[Metric]:
     accuracies = [a.accuracy for a in answers if a.accuracy is not None]
     if accuracies:
         metrics.append(Metric(f"eval/{name}/accuracy", sum(accuracies) / len(accuracies)))
+    if num_failed := sum(a.failed for a in answers):
+        metrics.append(Metric(f"eval/{name}/unjudged_fraction", num_failed / len(answers)))
     verdicts = [a.judged for a in answers if a.judged is not None]
     if verdicts:
         metrics.append(Metric(f"eval/{name}/grammatical", sum(verdicts) / len(verdicts)))

@@ -44,6 +44,12 @@ class ResourceError(RunError):
     exit_code = 3
 
 
+class ClusterAway(ResourceError):
+    """A cluster that was there does not answer, and may again."""
+
+    code = "CLUSTER_AWAY"
+
+
 class RunFolderError(RunError):
     """The run folder already holds something else."""
 
@@ -55,6 +61,20 @@ class TrackingError(RunError):
     """W&B refused the key."""
 
     code = "WANDB_KEY"
+    exit_code = 2
+
+
+class WrongEntity(RunError):
+    """The W&B key may not write for the entity that is configured."""
+
+    code = "WANDB_ENTITY"
+    exit_code = 2
+
+
+class DashboardError(RunError):
+    """W&B cannot be reached, or does not take the dashboard."""
+
+    code = "DASHBOARD"
     exit_code = 2
 
 

@@ -1,16 +1,15 @@
-"""Whether the processes of a run find a machine each, and what would help if not."""
+"""Whether the processes of a run find a machine each."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.bill import Role
-from cluster.config import RunConfig
 from cluster.faults import ConfigError
 
 
@@ -111,29 +110,3 @@ def _first_fit(roles: Sequence[Role], machines: Sequence[Node]) -> list[Role]:
 
 def _num_processes(roles: Sequence[Role]) -> int:
     return sum(role.count for role in roles)
-
-
-def remedies(cfg: RunConfig, needed: Sequence[Role], machines: Sequence[Node]) -> Iterator[str]:
-    """Changes that would make it fit, each tried before it is named."""
-    for n in range(cfg.rollout.num_actors - 1, 0, -1):
-        fewer = [replace(role, count=n) if role.name == "rollout" else role for role in needed]
-        if not unplaced(fewer, machines):
-            yield f"rollout.num_actors = {n} (instead of {cfg.rollout.num_actors})"
-            break
-    for more in range(1, 129):
-        if not unplaced(needed, [*machines, *[machines[0]] * more]):
-            yield f"{more} more machine{'s' * (more > 1)} of the first kind"
-            break
-    if any(role.gpus for role in needed) and not any(machine.gpus for machine in machines):
-        yield "machines with GPUs, or learner.num_gpus = 0, rollout.num_gpus = 0 and scorer.num_gpus = 0"
-    if all(not role.gpus for role in needed):
-        shares = [replace(role, cpus=min(role.cpus, 0.5)) for role in needed]
-        if not unplaced(shares, machines):
-            yield "num_cpus = 0.5 for learner, rollout and scorer: they take turns"
-    for size in (2, 4, 8):
-        smaller = [
-            replace(r, gpu_bytes=r.gpu_bytes // size, gpus=r.gpus * size) if r.name == "rollout" else r for r in needed
-        ]
-        if cfg.rollout.num_gpus and not unplaced(smaller, machines):
-            yield f"rollout.num_gpus = {cfg.rollout.num_gpus * size}: every engine over more GPUs"
-            break

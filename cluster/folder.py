@@ -108,9 +108,10 @@ def _version(package: str) -> str | None:
 
 
 def _record(cfg: RunConfig) -> str:
-    """The resolved config as TOML, without the folder that holds it: a run stays the same however its folder is named."""
+    """The resolved config as TOML, without the folder that holds it and the time to wait for room: both may change."""
     tree = resolved(cfg)
     tree["run"].pop("dir", None)
+    tree["deadlines"].pop("room_s")
     return tomli_w.dumps(tree)
 
 

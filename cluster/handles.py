@@ -94,7 +94,8 @@ class RolloutHandle(Handle):
             raise self.lost
         payload, summary = self.actor.rollout.options(num_returns=2).remote(ticket)
         known = await self.answer(summary, "rollout", self.cfg.rollout_deadline_s)
-        return Rollout(ticket, known.oldest_version, known.num_tokens, known.num_stopped, payload)
+        numbers = (known.oldest_version, known.num_tokens, known.num_stopped)
+        return Rollout(ticket, *numbers, payload, spans=(known.span,))
 
     async def load(self, weights: Any, version: int) -> None:
         """Serve the exported weights. Raises WrongWeights if the actor then reports another version."""
@@ -125,6 +126,11 @@ class RolloutHandle(Handle):
             self.actor.canary.remote(sequences), "canary", self.cfg.load_deadline_s
         )
         return answer
+
+    async def usage(self) -> tuple[float, float]:
+        """Busy and elapsed seconds since the last call; see `cluster.usage.BusyClock`."""
+        used: tuple[float, float] = await self.answer(self.actor.usage.remote(), "usage", self.cfg.load_deadline_s)
+        return used
 
 
 @dataclass(frozen=True, slots=True)

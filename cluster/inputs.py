@@ -53,7 +53,12 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         if cfg.refresh_every:
             _check_same_shape(*folders)
         if cfg.policy.adapter:
-            model_shape(folders[0], cfg.policy.adapter)
+            shape = model_shape(folders[0], cfg.policy.adapter)
+            if cfg.policy.engine_adapter and shape.has_experts and not cfg.rollout.num_gpus:
+                raise ValueError(
+                    "policy.adapter.publish = 'adapter' needs rollout.num_gpus = 1 for a mixture of experts: with room for "
+                    "adapters vLLM has no kernel for experts on CPUs; or publish = 'merged'"
+                )
         room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
         train = load_prompts(cfg.prompts, policy, room)
         heldout = load_prompts(cfg.evaluation.heldout, policy, room) if cfg.evaluation.heldout else []

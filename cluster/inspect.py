@@ -1,112 +1,69 @@
-"""`align inspect`: the trajectories of a run, from its Parquet files: by step, prompt and ending, groups, single tokens."""
+"""`align inspect` in the terminal: the trajectories of a run by step, prompt, ending and order; groups; single tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cluster.credit import PULL, PULL_MEANING, Credit, CreditUnknown, step_credits
 from cluster.faults import ConfigError
+from cluster.selection import ORDERS, Selection, Summary, ends
+from cluster.transcripts import Brief, Row, Trajectories, excerpt, returns
 
-Row = dict[str, Any]
 _SHOWN = 60  # characters of a text in a table
-
-
-class Trajectories:
-    """What a run learned from, step by step.
-
-    Args:
-        run: The run folder.
-
-    Raises:
-        ConfigError: If it holds no trajectories.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self.files = {
-            int(path.stem.split("_")[1]): path for path in sorted((run / "trajectories").glob("step_*.parquet"))
-        }
-        if not self.files:
-            raise ConfigError(
-                f"{run} holds no trajectories", "name a run folder whose first step is over, e.g. runs/demo-…"
-            )
-
-    def rows(self, step: int) -> list[Row]:
-        """The trajectories of a step.
-
-        Raises:
-            ConfigError: If there is no such step.
-        """
-        if step not in self.files:
-            raise ConfigError(
-                f"{self.run} has no step {step}", f"there are steps {min(self.files)} to {max(self.files)}"
-            )
-        rows: list[Row] = pyarrow.parquet.read_table(self.files[step]).to_pylist()
-        return rows
-
-    def group(self, step: int, ticket: int) -> list[Row]:
-        """The trajectories of one ticket.
-
-        Raises:
-            ConfigError: If the step did not train it.
-        """
-        rows = self.rows(step)
-        found = [row for row in rows if row["ticket"] == ticket]
-        if not found:
-            tickets = sorted({row["ticket"] for row in rows})
-            raise ConfigError(f"step {step} did not train ticket {ticket}", f"it trained {tickets[0]} to {tickets[-1]}")
-        return found
+PULLED = "pull"
+"""The order by what moved the loss, beside `ORDERS`."""
 
 
 def view(
-    run: Path,
-    step: int | None,
-    ticket: int | None,
-    repeat: int | None,
-    prompt: str | None,
-    ending: str | None,
-    limit: int,
+    run: Path, selection: Selection, ticket: int | None, repeat: int | None, order: str | None, limit: int
 ) -> RenderableType:
     """What `align inspect` shows: the more is named, the closer it looks.
+
+    Args:
+        run: The run folder.
+        selection: Which trajectories; nothing asked for is a line per step.
+        ticket: The group of this ticket.
+        repeat: One trajectory of the group.
+        order: One of `ORDERS`, "pull", or None for the lowest and the highest rewards.
+        limit: Trajectories in a list.
 
     Raises:
         ConfigError: If what is named is not there.
     """
-    found = Trajectories(run)
+    found, step = Trajectories(run).checked(), selection.first_step
+    if order not in (None, PULLED, *ORDERS):
+        raise ConfigError(f"there is no order {order!r}", f"choose {', '.join(ORDERS)} or {PULLED}")
     if step is None:
         if ticket is not None or repeat is not None:
             raise ConfigError("a ticket is looked for in one step", "add --step K; align inspect RUN lists them")
-        return overview(found)
-    if ticket is None:
-        return listing(chosen(found.rows(step), prompt, ending, limit))
+        if order == PULLED:
+            raise ConfigError("what moved the loss is a question to one step", "add --step K")
+        return (
+            overview(found) if selection == Selection() and order is None else listing(found, selection, order, limit)
+        )
+    if ticket is not None:
+        return _of_group(found, step, ticket, repeat)
+    found.briefs(step)  # whether it is there
+    return movers(found, step, limit) if order == PULLED else listing(found, selection, order, limit)
+
+
+def _of_group(found: Trajectories, step: int, ticket: int, repeat: int | None) -> RenderableType:
     group = found.group(step, ticket)
     if repeat is None:
         return side_by_side(group)
     if not 0 <= repeat < len(group):
         raise ConfigError(f"ticket {ticket} has no repeat {repeat}", f"it has {len(group)}, counted from 0")
-    return token_view(group[repeat], _tokenizer(run))
-
-
-def _tokenizer(run: Path) -> Any:
-    """That of the run's policy: the final one, a checkpoint's, or the initial one."""
-    import tomllib
-
-    from align.model_folder import load_tokenizer
-
-    initial = Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["policy"]["model"])
-    folders = [run / "policy", *sorted(run.glob("checkpoints/step_*/policy")), initial]
-    return load_tokenizer(next(folder for folder in folders if folder.is_dir()))
-
-
-def staleness(row: Row) -> int:
-    """Versions between the oldest token of a trajectory and the step that learned from it."""
-    return int(row["step"] - 1 - min(row["versions"]))
+    try:
+        credit = step_credits(found, step)[ticket, repeat]
+    except CreditUnknown:
+        credit = None
+    return token_view(group[repeat], found.tokenizer(), credit)
 
 
 def overview(trajectories: Trajectories) -> Table:
@@ -115,45 +72,60 @@ def overview(trajectories: Trajectories) -> Table:
     for name in ("step", "trajectories", "reward mean", "least", "most", "tokens mean", "stopped", "staleness"):
         table.add_column(name, justify="right")
     for step in trajectories.files:
-        rows = trajectories.rows(step)
-        rewards = [row["reward"] for row in rows]
+        line = Summary.of(trajectories.briefs(step))
         table.add_row(
             str(step),
-            str(len(rows)),
-            f"{sum(rewards) / len(rows):.4g}",
-            f"{min(rewards):.4g}",
-            f"{max(rewards):.4g}",
-            f"{sum(len(row['token_ids']) for row in rows) / len(rows):.1f}",
-            f"{sum(row['finish_reason'] == 'stop' for row in rows) / len(rows):.0%}",
-            str(max(map(staleness, rows))),
+            str(line.num),
+            f"{line.reward_mean:.4g}",
+            f"{line.reward_min:.4g}",
+            f"{line.reward_max:.4g}",
+            f"{line.tokens_mean:.1f}",
+            f"{line.endings.get('stop', 0) / line.num:.0%}",
+            str(line.staleness_max),
         )
     return table
 
 
-def chosen(rows: Sequence[Row], prompt: str | None, finish_reason: str | None, limit: int) -> list[Row]:
-    """The rows that match, lowest reward first; of more than `limit` the lowest and the highest halves."""
-    found = [
-        row
-        for row in rows
-        if (prompt is None or prompt in row["prompt"] or prompt == row["prompt_id"])
-        and (finish_reason is None or row["finish_reason"] == finish_reason)
-    ]
-    found.sort(key=lambda row: row["reward"])
-    half = limit // 2
-    return found if len(found) <= limit else found[: limit - half] + (found[-half:] if half else [])
-
-
-def listing(rows: Sequence[Row]) -> Table:
+def listing(trajectories: Trajectories, selection: Selection, order: str | None, limit: int) -> Table:
     """A line per trajectory."""
-    table = Table(box=None)
-    for name in ("ticket", "repeat", "reward", "tokens", "ending", "staleness"):
+    found = selection.of(trajectories)
+    shown = ends(found, limit) if order is None else sorted(found, key=ORDERS[order].key)[:limit]
+    table = Table(box=None, caption=f"{len(shown)} of {len(found)} trajectories")
+    for name in ("step", "ticket", "repeat", "reward", "tokens", "ending", "staleness"):
         table.add_column(name, justify="right")
     table.add_column("prompt -> completion")
-    for row in rows:
-        text = Text(_short(row["prompt"])) + Text(" -> ", "dim") + Text(_short(row["completion"]), "bold")
-        numbers = (row["ticket"], row["repeat"], f"{row['reward']:.4g}", len(row["token_ids"]), row["finish_reason"])
-        table.add_row(*map(str, numbers), str(staleness(row)), text)
+    for brief in shown:
+        numbers = (brief.step, brief.ticket, brief.repeat, f"{brief.reward:.4g}", brief.num_tokens)
+        table.add_row(*map(str, numbers), brief.finish_reason, str(brief.staleness), _said(brief))
     return table
+
+
+def movers(trajectories: Trajectories, step: int, limit: int) -> Table:
+    """The trajectories that moved the loss of a step the most.
+
+    Raises:
+        ConfigError: If that cannot be told from what is on disk.
+    """
+    try:
+        credits = step_credits(trajectories, step)
+    except CreditUnknown as unknown:
+        raise ConfigError(f"what moved step {step} is not known", str(unknown)) from None
+    table = Table(box=None, caption=f"{PULL}. {PULL_MEANING}")
+    for name in ("ticket", "repeat", "reward", "pull", "share"):
+        table.add_column(name, justify="right")
+    table.add_column("prompt -> completion")
+    total = sum(credit.pull for credit in credits.values())
+    by_key = {(brief.ticket, brief.repeat): brief for brief in trajectories.briefs(step)}
+    for key, credit in sorted(credits.items(), key=lambda item: -item[1].pull)[:limit]:
+        share = f"{credit.pull / total:.1%}" if total else "-"
+        brief = by_key[key]
+        table.add_row(*map(str, key), f"{brief.reward:.4g}", f"{credit.pull:.3g}", share, _said(brief))
+    return table
+
+
+def _said(brief: Brief) -> Text:
+    prompt, said = excerpt(brief.prompt, _SHOWN), excerpt(brief.excerpt, _SHOWN)
+    return Text(prompt) + Text(" -> ", "dim") + Text(said, "bold")
 
 
 def side_by_side(rows: Sequence[Row]) -> Table:
@@ -168,48 +140,42 @@ def side_by_side(rows: Sequence[Row]) -> Table:
     return table
 
 
-def token_view(row: Row, tokenizer: Any) -> Group:
+def token_view(row: Row, tokenizer: Any, credit: Credit | None) -> Group:
     """The tokens of a trajectory, coloured by reward, and a line for each."""
     texts = [tokenizer.decode([token]) for token in row["token_ids"]]
     least, most = min(row["rewards"]), max(row["rewards"])
     running = Text(row["prompt"], "dim")
     for text, reward in zip(texts, row["rewards"], strict=True):
         running.append(text, _colour(reward, least, most))
-    return Group(running, Text(), _token_table(row, texts))
+    return Group(running, Text(), _token_table(row, texts, credit))
 
 
-def _token_table(row: Row, texts: Sequence[str]) -> Table:
+def _token_table(row: Row, texts: Sequence[str], credit: Credit | None) -> Table:
     least, most = min(row["rewards"]), max(row["rewards"])
     table = Table(box=None, caption=f"return: rewards from the token on; red {least:.3g} to green {most:.3g}")
-    for name in ("", "token", "log-prob", "reference", "reward", "return", "version"):
+    for name in ("", "token", "log-prob", "reference", "reward", "return", "advantage", "version"):
         table.add_column(name, justify="left" if name == "token" else "right")
     ref = row["ref_logprobs"] or [None] * len(texts)
-    for number, (text, reward, togo) in enumerate(zip(texts, row["rewards"], _returns(row["rewards"]), strict=True)):
+    advantages = credit.advantages if credit else [None] * len(texts)
+    togo = returns(row["rewards"])
+    for number, (text, reward) in enumerate(zip(texts, row["rewards"], strict=True)):
         table.add_row(
             str(number),
             repr(text),
-            f"{row['behavior_logprobs'][number]:.3f}",
-            "-" if ref[number] is None else f"{ref[number]:.3f}",
-            Text(f"{reward:.3f}", _colour(reward, least, most)),
-            f"{togo:.3f}",
+            _number(row["behavior_logprobs"][number]),
+            _number(ref[number]),
+            Text(_number(reward), _colour(reward, least, most)),
+            _number(togo[number]),
+            _number(advantages[number]),
             str(row["versions"][number]),
         )
     return table
 
 
-def _returns(rewards: Sequence[float]) -> Iterator[float]:
-    """Sum of the rewards from each token on."""
-    left = sum(rewards)
-    for reward in rewards:
-        yield left
-        left -= reward
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _colour(value: float, least: float, most: float) -> str:
     share = (value - least) / (most - least) if most > least else 1.0
     return f"rgb({round(220 * (1 - share))},{round(180 * share)},60)"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else "…" + line[-_SHOWN + 1 :]

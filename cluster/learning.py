@@ -17,13 +17,14 @@ from align.algorithms import AlgorithmConfig
 from align.batching import Batch, collate
 from align.critic import Critic, CriticConfig
 from align.judges import JUDGES
-from align.learner import Learner, LearnerConfig, NonFiniteUpdates
+from align.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
 from align.losses import exact_kl
 from align.metrics import Metric
 from align.optimizer import OptimizerConfig
 from align.policy import Policy
 from align.ranks import Meeting, host, join
 from align.rewards.kinds import RewardConfig, verifier_of
+from align.rewards.outcome import DEADLINE_S, verify
 from align.types import FloatArray, Group, Prompt, ScoredGroup, TokenRewards, Trajectory
 from cluster import transcripts
 from cluster.faults import TrainingDiverged
@@ -44,7 +45,8 @@ class Answer:
         kl: Sum over the sampled tokens of the exact KL divergence to the reference, in nats; None without a reference.
         num_tokens: Sampled tokens.
         judged: The judge's verdict, or None without a judge.
-        accuracy: How right the reward's verifier says it is, 0 to 1, or None where nothing verifies.
+        accuracy: How right the reward's verifier says it is, 0 to 1, or None where nothing verifies or the verifier failed.
+        failed: Whether the verifier failed.
     """
 
     prompt: str
@@ -53,6 +55,7 @@ class Answer:
     num_tokens: int
     judged: bool | None
     accuracy: float | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class LearnerActor:
         critic: The critic that the algorithm asks for, or None.
         adapter: What is trained instead of the policy's weights, or None; then `model` is the initial policy always.
         place: Where this rank is, if there are several.
+        verifier_deadline_s: Time for the reward's verifier to judge one answer.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class LearnerActor:
         critic: CriticConfig | None = None,
         adapter: AdapterConfig | None = None,
         place: Place | None = None,
+        verifier_deadline_s: float = DEADLINE_S,
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
         torch.manual_seed(seed)
@@ -145,11 +150,14 @@ class LearnerActor:
         )
         if place is None:
             self.learner = self._new_learner()
+        as_adapter = adapter is not None and adapter.publish == "adapter"
+        self._published = self.policy.named_factors if as_adapter else self.policy.named_weights
         self.wire = WireWeights(self.policy.named_weights, wire_dtype, self.policy.named_shapes)
         self.wire_dtype = wire_dtype
         self.sender: Sender | None = None
         self.judge = JUDGES[judge] if judge else None
         self.verifier = verifier_of(reward)
+        self.verifier_deadline_s = verifier_deadline_s
         self.trajectories = trajectories
 
     def ready(self) -> None:
@@ -183,9 +191,8 @@ class LearnerActor:
         """
         half = len(parts) // 2
         pairs = zip(parts[:half], parts[half:], strict=True)
-        groups = [ScoredGroup(group, scores) for group, scores in pairs]  # type: ignore[arg-type]
-        if self.policy.ranks.first:
-            transcripts.write(self.trajectories / f"step_{step:05d}.parquet", groups, self.policy.tokenizer, step)
+        groups = [ScoredGroup(group, scores).judged() for group, scores in pairs]  # type: ignore[arg-type]
+        self._record(step, groups)  # before the update, which may fail
         batch, path = collate(groups), self.trajectories / f"step_{step:05d}_not_finite.safetensors"
         try:
             stats = self.learner.update(batch)
@@ -195,16 +202,22 @@ class LearnerActor:
             raise TrainingDiverged(str(error), advice) from None
         if stats.skipped:
             self._keep(batch, path)
+        self._record(step, groups, stats)
         return stats.metrics
+
+    def _record(self, step: int, groups: Sequence[ScoredGroup], stats: UpdateStats | None = None) -> None:
+        if self.policy.ranks.first:
+            path = self.trajectories / f"step_{step:05d}.parquet"
+            transcripts.write(path, groups, self.policy.tokenizer, step, stats)
 
     def _keep(self, batch: Batch, path: Path) -> None:
         if self.policy.ranks.first:
             batch.save(path)
 
     def export(self) -> tuple[ExportedWeights, tuple[int, int]]:
-        """The current weights in the type that the engines take, with their fingerprint; and their (bytes, version)."""
+        """The current weights, or the adapter alone where engines have it as such; and their (bytes, version)."""
         with self._leading():
-            weights = export_weights(self.policy.named_weights(), self.learner.version, self.wire_dtype)
+            weights = export_weights(self._published(), self.learner.version, self.wire_dtype)
         return weights, (weights.num_bytes, weights.version)
 
     @contextlib.contextmanager
@@ -270,13 +283,17 @@ class LearnerActor:
     def _answer(self, prompt: Prompt, trajectory: Trajectory, ref: FloatArray | None) -> Answer:
         completion_ids = trajectory.token_ids[trajectory.loss_mask].tolist()
         completion = self.policy.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        verdict, failure = None, None
+        if self.verifier:
+            verdict, failure = verify(self.verifier, prompt, completion, self.verifier_deadline_s)
         return Answer(
             prompt.text,
             completion,
             None if ref is None else self._kl(trajectory, ref),
             trajectory.num_completion_tokens,
             self.judge(prompt.text + completion) if self.judge else None,
-            self.verifier(prompt, completion) if self.verifier else None,
+            verdict if failure is None else None,
+            failed=failure is not None,
         )
 
     def _kl(self, trajectory: Trajectory, ref: FloatArray) -> float:
@@ -303,7 +320,7 @@ class LearnerActor:
         """Write the policy as a Hugging Face folder, merged; on request also its adapter, if it has one, beside it."""
         self.policy.save(directory)
         if self.policy.adapter is not None and with_adapter:
-            self.policy.adapter.save(_adapter_beside(directory))
+            self.policy.adapter.save(_adapter_beside(directory), write=self.policy.ranks.first)
 
     def fingerprint(self) -> str:
         """Of the weights in float32. Raises TrainingDiverged if one is not finite."""

@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from align.metrics import Metric
+from align.metrics import Metric, reduce
 from align.prompts import PromptStream
 from align.types import Ticket
 from cluster.buffer import Buffer
 from cluster.faults import ActorLost, StalenessViolation
 from cluster.filtering import Filter
 from cluster.ledger import Ledger
+from cluster.quarantine import Failure, Quarantine
+from cluster.trace import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,9 @@ class Rollout:
     """A small summary of a group, with an opaque reference to its tokens, which stay out of this process.
 
     Attributes:
-        outcomes: Sum of the rewards of each trajectory; known once the group is scored.
+        outcomes: Sum of the rewards of each trajectory that was judged; known once the group is scored.
+        failures: The trajectories whose reward failed; known then too.
+        spans: Who sampled and who scored it, and when.
     """
 
     ticket: Ticket
@@ -36,6 +40,8 @@ class Rollout:
     payload: Any
     scores: Any = None
     outcomes: tuple[float, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 class RolloutActor(Protocol):
@@ -53,6 +59,10 @@ class Scorer(Protocol):
 
     async def score(self, rollout: Rollout) -> Rollout:
         """The same rollout with its rewards and outcomes."""
+        ...
+
+    def end_step(self) -> list[Metric]:
+        """How much of the time since the last call they worked."""
         ...
 
 
@@ -92,6 +102,10 @@ class Reference(Protocol):
 class Observer(Protocol):
     """What happens beside training: logging, evaluation, checkpoints."""
 
+    def after_group(self, rollout: Rollout) -> None:
+        """A group is scored, and its slot filled or given back."""
+        ...
+
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         """Step is trained and published."""
         ...
@@ -110,6 +124,7 @@ class Run:
     buffer: Buffer[Rollout]
     fleet: Fleet
     scorer: Scorer
+    quarantine: Quarantine
     filter: Filter
     learner: Learner
     reference: Reference
@@ -167,27 +182,38 @@ async def roll_out(run: Run, actor: RolloutActor) -> None:
     """One group: reserve a slot, take a prompt, roll it out, score it, fill the slot.
 
     Waits for a free slot; `Buffer.release` and `Buffer.cancel` wake it. If anything fails, slot and prompt are given back.
-    A group that the filter drops gives back its slot alone: whoever reserves that takes another prompt.
+    A group that quarantine or filter drops gives back its slot alone: whoever reserves that takes another prompt.
     """
     slot = await run.buffer.reserve()
     ticket = run.prompts.next()
     run.ledger.admit(ticket.number)
     try:
-        rollout = await run.scorer.score(await actor.rollout(ticket))
+        rollout = await actor.rollout(ticket)
+        run.ledger.sample(ticket.number, rollout.num_tokens)
+        rollout = await run.scorer.score(rollout)
     except BaseException:
         run.prompts.give_back([ticket])
         run.ledger.give_back(ticket.number)
         run.buffer.cancel(slot)
         raise
-    if run.filter.drops(ticket, rollout.outcomes):
+    run.ledger.quarantine_part(ticket.number, sum(failure.num_tokens for failure in rollout.failures))
+    if run.quarantine.drops(ticket, rollout.failures):
+        run.ledger.quarantine(ticket.number)
+        run.buffer.cancel(slot)
+    elif run.filter.drops(ticket, rollout.outcomes):
         run.ledger.filter(ticket.number)
         run.buffer.cancel(slot)
     else:
         run.buffer.fill(slot, rollout)
+    run.observer.after_group(rollout)
 
 
 async def train_loop(run: Run) -> int:
-    """Trains step after step. Consumes groups; waits for the oldest ones to be filled; `Buffer.fill` wakes it."""
+    """Trains step after step. Consumes groups; waits for the oldest ones to be filled; `Buffer.fill` wakes it.
+
+    A step's time runs from the last publish to its own: `step = other + rollout_wait + update + publish`. The learner's idle
+    share is `rollout_wait / step`.
+    """
     began = time.perf_counter()
     for step in range(run.first_step, run.last_step + 1):
         started = time.perf_counter()
@@ -196,22 +222,26 @@ async def train_loop(run: Run) -> int:
             return step - 1
         taken = time.perf_counter()
         metrics = check_staleness(rollouts, version=step - 1, limit=run.max_staleness)
-        metrics += await run.learner.update(rollouts, step)
+        update = await run.learner.update(rollouts, step)
         updated = time.perf_counter()
+        metrics += update
         metrics += await run.fleet.publish(step)
         metrics += await run.reference.refresh(step)
         run.buffer.release()
         if step == run.last_step:
             run.buffer.close()
-        run.ledger.train(r.ticket.number for r in rollouts)
+        run.ledger.train((r.ticket.number for r in rollouts), *learned_tokens(update))
+        metrics += run.scorer.end_step() + run.quarantine.end_step(run.ledger.in_flight)
         metrics += run.filter.end_step((r.ticket, r.outcomes) for r in rollouts)
         published = time.perf_counter()
         metrics += summarize(rollouts, published - began) + run.ledger.metrics()
         metrics += [
+            Metric("time/other_s", started - began),
             Metric("time/rollout_wait_s", taken - started),
             Metric("time/update_s", updated - taken),
             Metric("time/publish_s", published - updated),
             Metric("time/step_s", published - began),
+            Metric("idle/learner_fraction", (taken - started) / (published - began)),
         ]
         began = published
         await run.observer.after_step(step, metrics)
@@ -248,6 +278,12 @@ def check_staleness(rollouts: Sequence[Rollout], version: int, limit: int) -> li
             )
     values = [version - rollout.oldest_version for rollout in rollouts]
     return [Metric("staleness/mean", sum(values) / len(values)), Metric("staleness/max", max(values))]
+
+
+def learned_tokens(update: Sequence[Metric]) -> tuple[int, int]:
+    """Tokens that an update trained, and those that it masked; a number that it does not give is 0."""
+    values = reduce(update)
+    return int(values.get("tokens/trained", 0)), int(values.get("tokens/masked", 0))
 
 
 def summarize(rollouts: Sequence[Rollout], elapsed_s: float) -> list[Metric]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -14,14 +15,19 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from align.types import Ticket
+from cluster.bill import SHARED_GPU, places
 from cluster.config import RunConfig
 from cluster.faults import ResourceError
+from cluster.fit import Node
 from cluster.handles import Deadlines, LearnerHandle, RolloutHandle
 from cluster.learning import LearnerActor, Place
+from cluster.machines import nodes
 from cluster.publication import FleetHandle
+from cluster.remedies import check_fit, settings_that_fit
+from cluster.reservation import Reservation, grows_to, reserve
 from cluster.rollout import RolloutActor, engine_settings
 from cluster.scorer import ScorerActor
 from cluster.scoring import ScorerHandle, ScorerPool
@@ -36,7 +42,6 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
 }
-_SHARED_GPU = 0.25  # what learner and engine each ask of Ray when they share a GPU; it limits nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +53,9 @@ class Demand:
 
     @classmethod
     def of(cls, cfg: RunConfig) -> Demand:
-        """Sums over the roles. By default scorers set no CPU aside, since on one machine they compute while others wait."""
-        return cls(
-            num_cpus=cfg.learner.num_ranks * cfg.learner.num_cpus
-            + cfg.rollout.num_actors * cfg.rollout.num_cpus
-            + cfg.scorer.num_actors * cfg.scorer.num_cpus,
-            num_gpus=cfg.learner.num_ranks * _gpus(cfg, cfg.learner.num_gpus)
-            + cfg.rollout.num_actors * _gpus(cfg, cfg.rollout.num_gpus)
-            + cfg.scorer.num_actors * cfg.scorer.num_gpus,
-        )
+        """Sums over the roles."""
+        asked = places(cfg)
+        return cls(sum(r.count * r.cpus for r in asked), sum(r.count * r.gpus for r in asked))
 
     def check(self, num_cpus: float, num_gpus: float, where: str) -> None:
         """Raise ResourceError if this can never fit."""
@@ -70,7 +69,19 @@ class Demand:
 
 
 def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
-    """Raise ResourceError if what surely lies in host memory is more than there is.
+    """Raise ResourceError if what surely lies in host memory is more than there is."""
+    needed = _host_bytes(cfg, weights_bytes)
+    if needed > memory_bytes:
+        fits = settings_that_fit(cfg, lambda other: _host_bytes(other, weights_bytes) <= memory_bytes)
+        changes = [*itertools.islice(fits, 1), f"a machine with {math.ceil(needed / 2**30)} GiB", "a smaller model"]
+        raise ResourceError(
+            f"the run needs at least {needed / 2**30:.1f} GiB of memory, this machine has {memory_bytes / 2**30:.1f} GiB",
+            "would fit: " + ", or ".join(changes[:2]),
+        )
+
+
+def _host_bytes(cfg: RunConfig, weights_bytes: int) -> int:
+    """What surely lies in host memory.
 
     On CPUs: weights, gradients and Adam's two moments of the learner in float32 (4 x, shared by its ranks, each of which loads
     all weights at first), the weights and the keys and values of every engine, and every copy of the reference, if there is
@@ -80,17 +91,12 @@ def check_memory(cfg: RunConfig, weights_bytes: int, memory_bytes: int) -> None:
     engine = 0 if cfg.rollout.num_gpus else weights_bytes + (cfg.rollout.kv_cache_bytes or 0)
     copies = 0 if cfg.scorer.num_gpus or cfg.reference is None else 1 + bool(cfg.refresh_every)
     scorer = copies * weights_bytes
-    needed = learner + cfg.rollout.num_actors * engine + cfg.scorer.num_actors * scorer
-    if needed > memory_bytes:
-        raise ResourceError(
-            f"the run needs at least {needed / 2**30:.1f} GiB of memory, this machine has {memory_bytes / 2**30:.1f} GiB",
-            "lower rollout.num_actors, scorer.num_actors or rollout.kv_cache_bytes, or take a smaller model",
-        )
+    return learner + cfg.rollout.num_actors * engine + cfg.scorer.num_actors * scorer
 
 
 def _gpus(cfg: RunConfig, num_gpus: int) -> float:
     """GPUs that Ray sets aside for the learner or an engine. With "ipc" both are on one, which scorers may share."""
-    return _SHARED_GPU if cfg.transport == "ipc" else num_gpus
+    return SHARED_GPU if cfg.transport == "ipc" else num_gpus
 
 
 @contextlib.contextmanager
@@ -140,9 +146,12 @@ def _join(cfg: RunConfig | None, address: str) -> Any:
 
 def check_cluster(cfg: RunConfig, address: str) -> None:
     """Raise ResourceError if the cluster that was joined can never hold the run."""
-    # Not public in Ray: what an autoscaler may grow the cluster to; None where there is no autoscaler.
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
-    Demand.of(cfg).check(*within_reach(ray.cluster_resources(), most or {}), f"the cluster at {address}")
+    where = f"the cluster at {address}"
+    if most := grows_to():
+        Demand.of(cfg).check(*within_reach(ray.cluster_resources(), most), where)
+    else:
+        machines = nodes(machine["Resources"] for machine in ray.nodes() if machine["Alive"])
+        check_fit(cfg, places, machines, f"of {where}")
 
 
 def within_reach(now: Mapping[str, float], most: Mapping[str, float]) -> tuple[float, float]:
@@ -173,7 +182,8 @@ def _init(what: str, **options: Any) -> Any:
 
 def check_machine(cfg: RunConfig, weights_bytes: int) -> None:
     """Raise ResourceError if a local run can never fit this machine; before anything is started."""
-    Demand.of(cfg).check(num_local_cpus(), _local_gpus(), "this machine")
+    here = Node(cpus=num_local_cpus(), gpus=_local_gpus(), memory_gib=math.inf, gpu_memory_gib=math.inf)
+    check_fit(cfg, places, [here], "here", can_join=False)
     check_memory(cfg, weights_bytes, psutil.virtual_memory().total)
 
 
@@ -221,17 +231,19 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
 
     Raises:
         ActorLost: If one does not start within its deadline.
+        ResourceError: If the cluster has no room for them.
     """
-    learner = new_learner(cfg, run_dir, policy)
+    reservation = await reserve(cfg, console.say, console.warn)
+    learner = new_learner(cfg, run_dir, policy, reservation)
 
     def create_scorer(rank: int) -> Any:
-        return _create_scorer(cfg)
+        return _create_scorer(cfg, reservation.strategy("scorer", rank))
 
     def create_rollout(rank: int) -> Any:
-        return _create_rollout(cfg, rank)
+        return _create_rollout(cfg, rank, reservation.strategy("rollout", rank))
 
-    scorers = [new_scorer(cfg, rank) for rank in range(cfg.scorer.num_actors)]
-    actors = [new_rollout(cfg, rank) for rank in range(cfg.rollout.num_actors)]
+    scorers = [new_scorer(cfg, rank, reservation) for rank in range(cfg.scorer.num_actors)]
+    actors = [new_rollout(cfg, rank, reservation) for rank in range(cfg.rollout.num_actors)]
     await asyncio.gather(learner.ready(), *(s.ready() for s in scorers), *(a.ready() for a in actors))
     prompts = [ticket.prompt.token_ids for ticket in canary]
     fleet = FleetHandle(
@@ -249,21 +261,22 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
     return Workers(fleet, scorer_pool, learner)
 
 
-def new_learner(cfg: RunConfig, run_dir: Path, policy: Path) -> LearnerHandle:
+def new_learner(cfg: RunConfig, run_dir: Path, policy: Path, reservation: Reservation) -> LearnerHandle:
     """A learner that starts up, on all its ranks."""
-    first, *others = _create_learners(cfg, run_dir, policy)
+    first, *others = _create_learners(cfg, run_dir, policy, reservation)
     deadlines = cfg.deadlines
     return LearnerHandle(first, Deadlines(deadlines.start_s, deadlines.update_s, deadlines.save_s), others)
 
 
-def new_scorer(cfg: RunConfig, rank: int) -> ScorerHandle:
+def new_scorer(cfg: RunConfig, rank: int, reservation: Reservation) -> ScorerHandle:
     """A scorer that starts up."""
-    return ScorerHandle(_create_scorer(cfg), rank, cfg.scorer)
+    return ScorerHandle(_create_scorer(cfg, reservation.strategy("scorer", rank)), rank, cfg.scorer)
 
 
-def new_rollout(cfg: RunConfig, rank: int) -> RolloutHandle:
+def new_rollout(cfg: RunConfig, rank: int, reservation: Reservation) -> RolloutHandle:
     """A rollout actor that starts up."""
-    return RolloutHandle(_create_rollout(cfg, rank), rank, cfg.rollout, max_groups_per_actor(cfg))
+    actor = _create_rollout(cfg, rank, reservation.strategy("rollout", rank))
+    return RolloutHandle(actor, rank, cfg.rollout, max_groups_per_actor(cfg))
 
 
 def on_node(kind: type, node_id: str) -> Any:
@@ -285,29 +298,28 @@ def max_groups_per_actor(cfg: RunConfig) -> int:
     return math.ceil(slots / cfg.rollout.num_actors)
 
 
-def _create_learners(cfg: RunConfig, run_dir: Path, policy: Path) -> list[Any]:
-    """All ranks of the learner. Ray places several together or not at all, on as few nodes as it can."""
+def _create_learners(cfg: RunConfig, run_dir: Path, policy: Path, reservation: Reservation) -> list[Any]:
+    """All ranks of the learner."""
     num_ranks = cfg.learner.num_ranks
+    strategies = [reservation.strategy("learner", rank) for rank in range(num_ranks)]
     if num_ranks == 1:
-        return [_create_learner(cfg, run_dir, policy)]
-    bundle = {"CPU": cfg.learner.num_cpus, "GPU": cfg.learner.num_gpus}
-    bundles = [{kind: amount for kind, amount in bundle.items() if amount}] * num_ranks
-    group = ray.util.placement_group(bundles, strategy="PACK")
+        return [_create_learner(cfg, run_dir, policy, strategies[0])]
     # No rank gives up on another before this process does: the longest of its deadlines, which for a send has four calls.
     deadlines = cfg.deadlines
     timeout_s = max(deadlines.start_s, deadlines.update_s, deadlines.save_s + 4 * cfg.rollout.load_deadline_s)
-    places = [Place(rank, ray.util.get_node_ip_address, timeout_s) for rank in range(num_ranks)]
-    return [_create_learner(cfg, run_dir, policy, place, group) for place in places]
+    spots = [Place(rank, ray.util.get_node_ip_address, timeout_s) for rank in range(num_ranks)]
+    return [
+        _create_learner(cfg, run_dir, policy, strategy, spot) for strategy, spot in zip(strategies, spots, strict=True)
+    ]
 
 
-def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path, place: Place | None = None, group: Any = None) -> Any:
+def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path, strategy: Any, place: Place | None = None) -> Any:
     options = {
         "num_cpus": cfg.learner.num_cpus,
         "num_gpus": _gpus(cfg, cfg.learner.num_gpus),
+        "scheduling_strategy": strategy,
         "runtime_env": _environment(cfg.learner.num_threads),
     }
-    if place is not None:
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, place.rank)
     return (
         ray.remote(LearnerActor)
         .options(**options)
@@ -329,14 +341,16 @@ def _create_learner(cfg: RunConfig, run_dir: Path, policy: Path, place: Place | 
             critic=cfg.critic,
             adapter=cfg.policy.adapter,
             place=place,
+            verifier_deadline_s=cfg.quarantine.deadline_s,
         )
     )
 
 
-def _create_scorer(cfg: RunConfig) -> Any:
+def _create_scorer(cfg: RunConfig, strategy: Any) -> Any:
     options = {
         "num_cpus": cfg.scorer.num_cpus,
         "num_gpus": cfg.scorer.num_gpus,
+        "scheduling_strategy": strategy,
         "runtime_env": _environment(cfg.scorer.num_threads),
     }
     return (
@@ -350,11 +364,12 @@ def _create_scorer(cfg: RunConfig) -> Any:
             cfg=cfg.scorer,
             compute_dtype=cfg.scorer_dtype,
             num_top=cfg.algorithm.num_top,
+            verifier_deadline_s=cfg.quarantine.deadline_s,
         )
     )
 
 
-def _create_rollout(cfg: RunConfig, rank: int) -> Any:
+def _create_rollout(cfg: RunConfig, rank: int, strategy: Any) -> Any:
     """Engines start from the initial policy, whatever the run stands at: before they serve, they get published weights."""
     on_gpu = cfg.rollout.num_gpus > 0
     environment = {} if on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
@@ -363,13 +378,13 @@ def _create_rollout(cfg: RunConfig, rank: int) -> Any:
     options = {
         "num_cpus": cfg.rollout.num_cpus,
         "num_gpus": _gpus(cfg, cfg.rollout.num_gpus),
+        "scheduling_strategy": strategy,
         "runtime_env": _environment(cfg.rollout.num_threads, environment),
         # Training and an evaluation at once, with room for loads: a call beyond this number would wait for a group.
         "max_concurrency": 2 * max_groups_per_actor(cfg) + 16,
     }
-    settings = engine_settings(
-        cfg.policy.model.resolve(), cfg.rollout, cfg.engine_dtype, cfg.run.seed + rank, cfg.transport
-    )
+    model, seed, adapter = cfg.policy.model.resolve(), cfg.run.seed + rank, cfg.policy.engine_adapter
+    settings = engine_settings(model, cfg.rollout, cfg.engine_dtype, seed, cfg.transport, adapter)
     return ray.remote(RolloutActor).options(**options).remote(rank, settings, cfg.sampling)
 
 

@@ -188,11 +188,13 @@ class FleetHandle:
             if published.version != version:
                 raise WrongWeights(f"the learner published version {published.version}, expected {version}", "")
             gaps = await asyncio.gather(*(self._verify(actor, published) for actor in self.actors))
+            usage = await asyncio.gather(*(if_there(actor, actor.usage) for actor in self.actors))
         return [
             Metric("weights/version", version),
             Metric("weights/published_bytes", published.num_bytes),
             *(Metric("weights/canary_gap", gap) for gap in gaps if gap is not None),
             Metric("fleet/restarts", self.num_restarts),
+            *(Metric("idle/rollout_fraction", 1 - used[0] / used[1], used[1]) for used in usage if used and used[1]),
         ]
 
     async def _verify(self, actor: RolloutHandle, published: Published) -> float | None:

@@ -17,6 +17,8 @@ from markupsafe import Markup
 
 from align.metrics import GLOSSARY, Definition
 from cluster import curves
+from cluster.goodput import FATES
+from cluster.summary import PHASES, ROLES
 
 OUTCOMES = (
     ("KL per token to the reference", "held-out prompts", "kl_per_token", ""),
@@ -83,11 +85,15 @@ def write_report(run_dir: Path, glossary: Mapping[str, Definition] = GLOSSARY) -
     picture.unlink(missing_ok=True)
     if panels := curves.present(curves.PANELS, record.series):
         picture.write_text(curves.draw_picture(panels, record.series, _target(record)), encoding="utf-8")
-    paths = [row for row in LOOK_FURTHER if (run_dir / row[0]).exists()]
     page = run_dir / "report.html"
     # JSON can hold lone surrogates and UTF-8 cannot: they become question marks.
-    page.write_bytes(render_page(record, glossary, paths).encode("utf-8", errors="replace"))
+    page.write_bytes(render_page(record, glossary, paths_of(run_dir)).encode("utf-8", errors="replace"))
     return page
+
+
+def paths_of(run_dir: Path) -> list[tuple[str, str, str]]:
+    """The rows of `LOOK_FURTHER` that the folder has."""
+    return [row for row in LOOK_FURTHER if (run_dir / row[0]).exists()]
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -154,24 +160,42 @@ def _read_samples(path: Path, notes: list[str]) -> dict[str, list[dict[str, Any]
     return {str(name): [row for row in rows if isinstance(row, dict)] for name, rows in sets.items() if rows}
 
 
-def render_page(record: RunRecord, glossary: Mapping[str, Definition], paths: Sequence[tuple[str, str, str]]) -> str:
-    """Renders the page; `paths` are the rows of `LOOK_FURTHER` that the run folder has."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+def templates(*folders: Path) -> jinja2.Environment:
+    """Templates that escape everything; what a template names and nobody gave is an error."""
+    loader = jinja2.FileSystemLoader(folders)
     env = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters["number"] = number
-    return env.get_template("report.html.j2").render(
+    env.filters |= {"number": number, "percent": percent}
+    return env
+
+
+def render_page(
+    record: RunRecord, glossary: Mapping[str, Definition], paths: Sequence[tuple[str, str, str]], served: bool = False
+) -> str:
+    """Renders the page.
+
+    Args:
+        record: what the run folder holds.
+        glossary: what each metric means.
+        paths: the rows of `LOOK_FURTHER` that the run folder has.
+        served: whether `align inspect --web` serves the page, so that it can link to the others.
+    """
+    template = templates(Path(__file__).parent).get_template("report.html.j2")
+    return template.render(
         record=record,
         summary=record.summary,
         verdict=verdict(record.summary),
         outcomes=_outcomes(record.summary),
         facts=_facts(record.summary),
+        spent=_spent(record.summary, glossary),
         charts=_charts((*curves.PANELS, *curves.FURTHER_PANELS), record, glossary),
         definitions=[(name, glossary.get(name), points) for name, points in record.series.items()],
         environment=json.dumps(record.environment, indent=2, ensure_ascii=False),
         paths=paths,
         colors=curves.COLORS,
+        served=served,
+        has_trajectories=any(path == "trajectories" for path, _, _ in paths),
     )
 
 
@@ -254,6 +278,29 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     values = [(label, _finite(summary.get(key)), show) for label, key, show in figures]
     return [(label, show(value)) for label, value, show in values if value is not None]
+
+
+def _spent(
+    summary: Mapping[str, Any], glossary: Mapping[str, Definition]
+) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """(title, rows of label, share and meaning): where the tokens went, where the time of the steps went, and who was idle."""
+    fates = {fate: f"goodput/{fate}_tokens" for fate in FATES}
+    phases = {phase: f"time/{phase}_s" for phase in PHASES}
+    idle = {f"idle_{role}": f"idle/{role}_fraction" for role in ROLES}
+    tables = (("Sampled tokens", "goodput", fates), ("Time of the steps", "time", phases), ("Idle", "time", idle))
+    spent = []
+    for title, key, metrics in tables:
+        found = summary.get(key)
+        shares = {name: _finite(found.get(name)) for name in metrics} if isinstance(found, dict) else {}
+        rows = [
+            (name.removeprefix("idle_").replace("_", " "), percent(share), definition.meaning if definition else "")
+            for name, share in shares.items()
+            if share
+            for definition in [glossary.get(metrics[name])]
+        ]
+        if rows:
+            spent.append((title, rows))
+    return spent
 
 
 def _finite(value: object) -> float | None:

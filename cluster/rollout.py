@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from align.adapters import AdapterConfig
 from align.types import FinishReason, Group, Ticket, Trajectory
 from cluster.faults import ActorLost
+from cluster.trace import Span
+from cluster.usage import BusyClock
 from cluster.weights import ExportedWeights
 
 if TYPE_CHECKING:
@@ -70,11 +74,12 @@ class RolloutConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GroupSummary:
-    """What the controller needs to know about a group."""
+    """What the controller needs to know about a group, and when it was sampled."""
 
     oldest_version: int
     num_tokens: int
     num_stopped: int
+    span: Span
 
 
 class RolloutActor:
@@ -92,6 +97,7 @@ class RolloutActor:
         self.rank = rank
         self.engine = Engine(EngineSettings(**settings))
         self.sampling = Sampling(**sampling.model_dump())
+        self.clock = BusyClock()
 
     async def ready(self) -> int:
         """The rank, once the engine is up."""
@@ -103,20 +109,21 @@ class RolloutActor:
         Raises:
             ActorLost: If the engine died or gave a request up.
         """
-        prompt_ids = ticket.prompt.token_ids
-        completions = await self._guard(
-            "generate",
-            asyncio.gather(*(self.engine.generate(prompt_ids, self.sampling, seed) for seed in ticket.seeds)),
-        )
+        began_s, prompt_ids = time.time(), ticket.prompt.token_ids
+        requests = (self.engine.generate(prompt_ids, self.sampling, seed) for seed in ticket.seeds)
+        with self.clock.working():
+            completions = await self._guard("generate", asyncio.gather(*requests))
         if any(c.finish_reason is FinishReason.ABORT or not c.token_ids for c in completions):
             raise ActorLost("rollout", self.rank, "generate", "the engine gave a request up before it was done")
         pairs = zip(completions, ticket.seeds, strict=True)
         group = Group(ticket, tuple(_trajectory(prompt_ids, completion, seed) for completion, seed in pairs))
-        return group, summarize(group)
+        return group, summarize(group, Span("rollout", self.rank, began_s, time.time()))
 
     async def load(self, weights: ExportedWeights) -> int:
         """Serve other weights; returns the version that is served now. Raises WrongWeights, ActorLost."""
+        self.clock.pause(True)
         await self._guard("load", self.engine.load(weights))
+        self.clock.pause(False)
         return self.engine.version
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -124,7 +131,8 @@ class RolloutActor:
         await self._guard("connect", self.engine.init_weight_transfer_engine(init_info))
 
     async def begin_update(self) -> None:
-        """As above."""
+        """As above. Until `commit` or `abandon_update` requests wait."""
+        self.clock.pause(True)
         await self._guard("load", self.engine.begin_update())
 
     async def start_weight_update(self) -> None:
@@ -142,11 +150,13 @@ class RolloutActor:
     async def commit(self, version: int, fingerprint: str) -> int:
         """Serve what the learner sent; returns the version that is served now. Raises WrongWeights, ActorLost."""
         await self._guard("load", self.engine.commit(version, fingerprint))
+        self.clock.pause(False)
         return self.engine.version
 
     async def abandon_update(self) -> bool:
         """Give up an update; whether the old weights serve on."""
         whole: bool = await self._guard("load", self.engine.abandon_update())
+        self.clock.pause(not whole)
         return whole
 
     async def canary(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -154,6 +164,10 @@ class RolloutActor:
         return list(
             await self._guard("canary", asyncio.gather(*(self.engine.score(sequence) for sequence in sequences)))
         )
+
+    async def usage(self) -> tuple[float, float]:
+        """Seconds with a request in flight that is not held up by a load, and all seconds, since the last call."""
+        return self.clock.read()
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
@@ -175,17 +189,20 @@ def _trajectory(prompt_ids: Sequence[int], completion: Completion, seed: int) ->
     )
 
 
-def summarize(group: Group) -> GroupSummary:
+def summarize(group: Group, span: Span) -> GroupSummary:
     """Oldest version, sampled tokens and completions that stopped by themselves."""
     trajectories = group.trajectories
     return GroupSummary(
         oldest_version=min(t.oldest_version for t in trajectories),
         num_tokens=sum(t.num_completion_tokens for t in trajectories),
         num_stopped=sum(t.finish_reason is FinishReason.STOP for t in trajectories),
+        span=span,
     )
 
 
-def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str) -> dict[str, Any]:
+def engine_settings(
+    model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str, adapter: AdapterConfig | None
+) -> dict[str, Any]:
     """Keyword arguments of `cluster.engine.EngineSettings`."""
     return {
         "model": model,
@@ -198,4 +215,5 @@ def engine_settings(model: Path, cfg: RolloutConfig, dtype: str, seed: int, tran
         "on_gpu": cfg.num_gpus > 0,
         "tensor_parallel_size": max(cfg.num_gpus, 1),
         "gpu_memory_utilization": cfg.gpu_memory_utilization,
+        "adapter": adapter,
     }

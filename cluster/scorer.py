@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,10 @@ from align.model_folder import load_tokenizer
 from align.policy import Policy
 from align.rewards import Reward
 from align.rewards.kinds import RewardConfig, WithReference, make_reward, reads_reference
-from align.rewards.outcome import RewardFailed
+from align.rewards.outcome import DEADLINE_S
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.types import FloatArray, Group, Prompt, TokenRewards, Trajectory
-from cluster.faults import RewardError
+from cluster.quarantine import Failure
 from cluster.weights import inspect
 
 
@@ -36,6 +38,23 @@ class ScorerConfig(BaseModel):
     score_deadline_s: float = Field(600, gt=0, description="Time to score one group.")
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the controller needs to know about a scored group.
+
+    Attributes:
+        outcomes: Sum of the rewards of each trajectory that was judged.
+        failures: The trajectories whose reward failed.
+        began_s: When it began, in seconds since the epoch.
+        ended_s: When it ended.
+    """
+
+    outcomes: tuple[float, ...]
+    failures: tuple[Failure, ...] = ()
+    began_s: float = 0.0
+    ended_s: float = 0.0
+
+
 class ScorerActor:
     """Judges groups. A plain class; `placement.py` makes it a Ray actor.
 
@@ -47,6 +66,7 @@ class ScorerActor:
         cfg: Threads and micro-batches.
         compute_dtype: "float32" or "bfloat16".
         num_top: The reference's likeliest tokens at each place, for a distillation: how many, 0 for all, None for none.
+        verifier_deadline_s: Time for a verifier to judge one trajectory.
     """
 
     def __init__(
@@ -58,6 +78,7 @@ class ScorerActor:
         cfg: ScorerConfig,
         compute_dtype: str,
         num_top: int | None = None,
+        verifier_deadline_s: float = DEADLINE_S,
     ) -> None:
         torch.set_num_threads(cfg.num_threads)
         self.cfg = cfg
@@ -65,7 +86,7 @@ class ScorerActor:
         self.tokenizer = load_tokenizer(policy)
         if reference is not None:
             self._load_reference(reference, compute_dtype)
-        self.reward: Reward = make_reward(reward, self._decode, self._reference_reward)
+        self.reward: Reward = make_reward(reward, self._decode, self._reference_reward, verifier_deadline_s)
         if with_ref_logprobs and not reads_reference(reward):
             self.reward = WithReference(self.reward, self._reference_reward(ReferenceRewardConfig()))
 
@@ -97,18 +118,26 @@ class ScorerActor:
         self.reference.model.load_state_dict(fresh.model.state_dict())
         return fingerprint
 
-    def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], tuple[float, ...]]:
-        """Rewards of the trajectories of a group; and their outcomes, for the controller.
+    def score(self, group: Group) -> tuple[tuple[TokenRewards, ...], Verdict]:
+        """Rewards of the trajectories of a group; and the verdict, for the controller."""
+        began_s = time.time()
+        scores = self.reward(group)
+        pairs = list(zip(group.trajectories, scores, strict=True))
+        outcomes = tuple(outcome(t, score) for t, score in pairs if score.failure is None)
+        failures = tuple(self._failure(group, t, score.failure) for t, score in pairs if score.failure is not None)
+        return scores, Verdict(outcomes, failures, began_s, time.time())
 
-        Raises:
-            RewardError: If the reward raised; the run ends, with the prompt named.
-        """
-        try:
-            scores = self.reward(group)
-        except RewardFailed as error:
-            raise RewardError(str(error), "correct the reward, or take the prompt out") from None
-        pairs = zip(group.trajectories, scores, strict=True)
-        return scores, tuple(outcome(trajectory, score) for trajectory, score in pairs)
+    def _failure(self, group: Group, trajectory: Trajectory, traceback: str) -> Failure:
+        prompt, completion = group.ticket.prompt, trajectory.token_ids[trajectory.loss_mask]
+        return Failure(
+            ticket=group.ticket.number,
+            prompt_id=prompt.id,
+            prompt=prompt.text,
+            completion=self._decode(completion.tolist()),
+            seed=trajectory.seed,
+            num_tokens=len(completion),
+            traceback=traceback,
+        )
 
     @torch.no_grad()
     def log_distributions(self, *groups: Group) -> tuple[list[FloatArray], None]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from align.metrics import Metric
 from align.types import Prompt
 from cluster.faults import ActorLost, WrongWeights, reason
 from cluster.handles import Handle, spend
 from cluster.loop import Rollout
 from cluster.reference import SavedReference
-from cluster.scorer import ScorerConfig
+from cluster.scorer import ScorerConfig, Verdict
+from cluster.trace import Span
 
 Result = TypeVar("Result")
 
@@ -24,6 +27,7 @@ class ScorerHandle(Handle):
     def __init__(self, actor: Any, rank: int, cfg: ScorerConfig) -> None:
         super().__init__(actor, "scorer", rank)
         self.cfg = cfg
+        self.busy_s = 0.0  # as the scorer measured it, in calls that have ended
 
     async def ready(self) -> None:
         """Wait until the reference is loaded."""
@@ -32,8 +36,10 @@ class ScorerHandle(Handle):
     async def score(self, rollout: Rollout) -> Rollout:
         """The rollout with its outcomes, and its rewards still behind a reference."""
         scores, summary = self.actor.score.options(num_returns=2).remote(rollout.payload)
-        outcomes = await self.answer(summary, "score", self.cfg.score_deadline_s)
-        return replace(rollout, scores=scores, outcomes=outcomes)
+        verdict: Verdict = await self.answer(summary, "score", self.cfg.score_deadline_s)
+        self.busy_s += verdict.ended_s - verdict.began_s
+        spans = (*rollout.spans, Span(self.role, self.rank, verdict.began_s, verdict.ended_s))
+        return replace(rollout, scores=scores, outcomes=verdict.outcomes, failures=verdict.failures, spans=spans)
 
     async def load_reference(self, saved: SavedReference) -> None:
         """Take another reference. Raises WrongWeights if something else arrived."""
@@ -68,6 +74,7 @@ class ScorerPool:
         create: Makes the Ray actor of a rank.
         max_restarts: Replacements before the run ends.
         warn: Told of every replacement.
+        now: Seconds of a clock that never goes back.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class ScorerPool:
         create: Callable[[int], Any],
         max_restarts: int,
         warn: Callable[[str], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scorers = scorers
         self.num_restarts = 0
@@ -85,6 +93,8 @@ class ScorerPool:
         self._turn = itertools.count()
         self._replacing = asyncio.Lock()
         self._reference: SavedReference | None = None
+        self._now = now
+        self._since = now()
 
     async def load_reference(self, saved: SavedReference) -> None:
         """Bring a reference to all scorers; later replacements take it too, before they serve."""
@@ -101,6 +111,15 @@ class ScorerPool:
     async def score(self, rollout: Rollout) -> Rollout:
         """See `ScorerHandle.score`."""
         return await self._ask(lambda scorer: scorer.score(rollout))
+
+    def end_step(self) -> list[Metric]:
+        """See `cluster.loop.Scorer`. `idle = 1 - time in calls that ended since the last call / (time since then * scorers)`."""
+        now, busy_s = self._now(), sum(scorer.busy_s for scorer in self.scorers)
+        idle = 1 - busy_s / ((now - self._since) * len(self.scorers))
+        self._since = now
+        for scorer in self.scorers:
+            scorer.busy_s = 0.0
+        return [Metric("idle/scorer_fraction", max(idle, 0.0))]
 
     async def log_distributions(self, rollouts: Sequence[Rollout]) -> Any:
         """See `ScorerHandle.log_distributions`."""

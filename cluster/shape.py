@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.adapters import Adapter, AdapterConfig
+from align.model_folder import empty_model
 from cluster.faults import ConfigError
 
 
@@ -22,6 +23,7 @@ class ModelShape:
         num_kv_heads: Heads of keys and values of one layer.
         head_dim: Width of one head.
         num_adapter_parameters: Of an adapter, which are trained instead; 0 without one.
+        has_experts: Whether some layers are mixtures of experts.
     """
 
     num_parameters: int
@@ -31,6 +33,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     num_adapter_parameters: int = 0
+    has_experts: bool = False
 
     @property
     def num_trained(self) -> int:
@@ -48,22 +51,17 @@ def model_shape(folder: Path, adapter: AdapterConfig | None = None) -> ModelShap
     Raises:
         ConfigError: If there is no config.json of a causal language model, or the adapter does not fit it.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"model folder {folder} has no config.json",
             "download the model's config.json there (a plan needs no weights), or correct the path",
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = empty_model(folder)
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"model folder {folder}: config.json cannot be used: {error}", "see the message") from None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     num_heads = text.num_attention_heads
     return ModelShape(
         num_parameters=num_parameters,
@@ -73,6 +71,7 @@ def model_shape(folder: Path, adapter: AdapterConfig | None = None) -> ModelShap
         num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
         num_adapter_parameters=0 if adapter is None else _num_trained(model, adapter),
+        has_experts=any(".experts." in name for name, _ in model.named_parameters()),
     )
 
 

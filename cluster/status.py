@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from cluster.faults import ConfigError
-from cluster.summary import read_rows
+from cluster.goodput import shares
+from cluster.summary import ROLES, read_rows, time_shares
 
 _SHOWN = (
     *("reward/trajectory_mean", "kl/behavior_reference", "policy/entropy", "optimizer/grad_norm", "staleness/max"),
@@ -31,13 +32,16 @@ def status(run: Path) -> Table:
         raise ConfigError(f"{run} holds no run", "name a run folder, e.g. runs/demo-…")
     cfg = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    table = Table(title=f"{cfg['run']['name']} in {run}: {_state(run)}", show_header=False, box=None)
+    table = Table(title=f"{cfg['run']['name']} in {run}: {state(run)}", show_header=False, box=None)
     for name, value in _progress(rows, cfg["run"]["steps"]):
         table.add_row(name, value)
     steps = [row for row in rows if "time/step_s" in row][-_RECENT:]
     for name in _SHOWN:
         if values := [row[name] for row in steps if name in row]:
             table.add_row(name, f"{sum(values) / len(values):.4g} (mean of {len(values)} steps)")
+    for name, found in (("sampled tokens", shares(steps[-1] if steps else {})), ("idle", _idle(steps))):
+        if found:
+            table.add_row(name, ", ".join(f"{key} {share:.1%}" for key, share in found.items() if share))
     for row in rows[::-1]:
         if evaluated := {name: value for name, value in row.items() if name.startswith("eval/")}:
             table.add_row(f"evaluation at {row['step']}", ", ".join(f"{k[5:]} {v:.4g}" for k, v in evaluated.items()))
@@ -45,7 +49,8 @@ def status(run: Path) -> Table:
     return table
 
 
-def _state(run: Path) -> str:
+def state(run: Path) -> str:
+    """Whether the run of a folder is running, how it ended, or that it ended without a word."""
     if _is_locked(run / ".lock"):
         return "running"
     if not (run / "summary.json").is_file():
@@ -64,6 +69,11 @@ def _is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _idle(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found = time_shares(steps)
+    return {role: found[f"idle_{role}"] for role in ROLES} if found else {}
 
 
 def _progress(rows: Sequence[Mapping[str, Any]], num_steps: int) -> list[tuple[str, str]]:

@@ -9,18 +9,25 @@ from typing import Any
 
 from align.judges import JUDGES
 from cluster.folder import write_atomically
+from cluster.goodput import shares
 from cluster.learning import Answer
 
 Row = Mapping[str, Any]
+PHASES = ("rollout_wait", "update", "publish", "other")  # of a step, which they add up to
+ROLES = ("learner", "rollout", "scorer")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, one per step; of a step that was logged twice (around a resume) the later one counts."""
     rows: dict[int, dict[str, Any]] = {}
-    for row in map(_parse, path.read_text(encoding="utf-8").splitlines()):
-        if row:
-            rows[row["step"]] = rows.get(row["step"], {}) | row
+    for line in read_lines(path):
+        rows[line["step"]] = rows.get(line["step"], {}) | line
     return [rows[step] for step in sorted(rows)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl as they were logged, without those that a kill tore."""
+    return [line for line in map(_parse, path.read_text(encoding="utf-8").splitlines()) if line]
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -34,7 +41,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 def seconds_so_far(path: Path) -> float:
     """Wall time of all earlier processes of a run: each counts from 0, so a fall begins a new one."""
-    times = [row["wall_s"] for row in map(_parse, path.read_text(encoding="utf-8").splitlines()) if row]
+    times = [line["wall_s"] for line in read_lines(path)]
     following = [*times[1:], 0.0]
     return float(sum(now for now, later in zip(times, following, strict=False) if later < now))
 
@@ -65,6 +72,8 @@ def summarize_run(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, 
         "generated_tokens": int(sum(row.get("tokens/generated", 0) for row in rows)),
         "trained_tokens": int(sum(row.get("tokens/trained", 0) for row in rows)),
         "steps": max((row["step"] for row in rows), default=0),
+        "goodput": _shares_at_the_end(rows),
+        "time": time_shares(rows) or None,
         "evaluations": [
             {key: value for key, value in row.items() if key == "step" or key.startswith("eval/")}
             for row in rows
@@ -72,6 +81,26 @@ def summarize_run(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, 
         ],
     }
     return summary
+
+
+def _shares_at_the_end(rows: Sequence[Row]) -> dict[str, float] | None:
+    """Share of every fate of a sampled token; what was waiting at the last step is left."""
+    counted = [row for row in rows if row.get("goodput/sampled_tokens")]
+    if not counted:
+        return None
+    found = shares(counted[-1])
+    return {**found, "left": found["left"] + found["waiting"], "waiting": 0.0}
+
+
+def time_shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of every phase of the steps' time, which add up to 1; and idle shares by role, over the time of all steps."""
+    steps = [row for row in rows if "time/step_s" in row]
+    total = sum(row["time/step_s"] for row in steps)
+    if not total:
+        return {}
+    phases = {name: sum(row.get(f"time/{name}_s", 0.0) for row in steps) / total for name in PHASES}
+    idle = {role: [(row.get(f"idle/{role}_fraction", 0.0), row["time/step_s"]) for row in steps] for role in ROLES}
+    return phases | {f"idle_{role}": sum(share * s for share, s in pairs) / total for role, pairs in idle.items()}
 
 
 class Samples:

@@ -15,6 +15,7 @@ from cluster.folder import RunFolder
 from cluster.inputs import Inputs, load_inputs
 from cluster.memory import MemoryMeter
 from cluster.processor import native_dtype
+from cluster.redaction import redact
 from cluster.sinks import Console, check_online
 
 
@@ -42,7 +43,7 @@ def train(cfg: RunConfig) -> int:
             return asyncio.run(Training(cfg, inputs, folder, console, memory, started, online).run())
     except RunError as error:
         console.close()
-        console.say(f"error {error}")
+        console.say(f"error {redact(str(error))}")
         return error.exit_code
     except KeyboardInterrupt:
         console.close()
@@ -57,7 +58,10 @@ def _announce(cfg: RunConfig, inputs: Inputs, folder: RunFolder, console: Consol
     console.say(f"run folder   {folder.path}" + (" (resumed)" if folder.resumed else ""))
     console.say(f"policy       {cfg.policy.model}")
     if adapter := cfg.policy.adapter:
-        console.say(f"adapter      {adapter.kind} of rank {adapter.rank}, scale {adapter.scale:g}; published merged")
+        published = "merged" if adapter.publish == "merged" else "as an adapter"
+        console.say(
+            f"adapter      {adapter.kind} of rank {adapter.rank}, scale {adapter.scale:g}; published {published}"
+        )
     console.say(f"reference    {cfg.reference.model if cfg.reference else 'none: nothing asks one'}")
     left_out = f" ({inputs.num_left_out} more are among the held-out ones)" if inputs.num_left_out else ""
     console.say(f"prompts      {len(inputs.train)} to train on{left_out}, {len(inputs.heldout)} held out")

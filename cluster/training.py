@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from align.metrics import Metric, reduce
 from align.prompts import PromptStream, derive_seed
 from cluster import checkpoint
+from cluster.alerts import Alerts
 from cluster.buffer import Buffer
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.faults import INTERRUPTED
 from cluster.filtering import Filter
 from cluster.folder import RunFolder, resolved, write_atomically
+from cluster.goodput import Goodput
 from cluster.inputs import Inputs
 from cluster.ledger import Ledger
-from cluster.loop import Run, run_loop
+from cluster.loop import Rollout, Run, run_loop
 from cluster.memory import MemoryMeter
 from cluster.placement import cluster_address, start_workers
 from cluster.prometheus import PrometheusSink
+from cluster.quarantine import Quarantine
+from cluster.redaction import redact
 from cluster.reference import MovingReference
 from cluster.report import verdict, write_report
-from cluster.sinks import Console, JsonLines, Sink, Sinks, WandbSink
-from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
+from cluster.sinks import (
+    Console,
+    JsonLines,
+    Sink,
+    Sinks,
+    TrajectoryTables,
+    WandbArtifacts,
+    WandbSink,
+    entity_of,
+)
+from cluster.summary import Samples, read_lines, read_rows, seconds_so_far, summarize_run
+from cluster.trace import Trace
+from cluster.wandb_link import known_run_id, whereabouts
 
 
 class Training:
@@ -59,14 +77,36 @@ class Training:
         self.stop = asyncio.Event()
         self.interrupts = 0
         metrics = folder.path / "metrics.jsonl"
-        self.earlier_s = seconds_so_far(metrics) if metrics.is_file() else 0.0
+        earlier = read_rows(metrics) if metrics.is_file() else []
+        self.earlier_s = seconds_so_far(metrics) if earlier else 0.0
         sinks: list[Sink] = [console, JsonLines(metrics)]
         self.sinks = Sinks(sinks, console.warn, started)
-        if cfg.wandb.mode != "disabled":
-            self.sinks.add(lambda: WandbSink(cfg.wandb, folder.path, folder.path.name, resolved(cfg), online))
+        self.alerts = Alerts(cfg.alerts, self.sinks.alert, earlier)
+        self.sinks.add(lambda: self.alerts)
+        self.wandb = self._record_in_wandb(online, earlier) if cfg.wandb.mode != "disabled" else None
         if cluster_address() is not None:  # a Ray of the run's own serves no metrics
             self.sinks.add(lambda: PrometheusSink(folder.path.name))
         self.samples = Samples(folder.path / "samples.json")
+        self.trace = Trace(folder.path / "trace.json", console.warn) if cfg.run.trace else None
+
+    def _record_in_wandb(self, online: bool, earlier: list[dict[str, Any]]) -> WandbSink | None:
+        """The W&B run with its artifacts and tables; says where it is."""
+        cfg, path, sinks = self.cfg, self.folder.path, self.sinks
+        record = sinks.add(
+            lambda: WandbSink(
+                cfg.wandb, path, path.name, resolved(cfg), online, self.console.warn, earlier, self.earlier_s
+            )
+        )
+        if record is None:
+            return None
+        sinks.add(lambda: WandbArtifacts(record, path, cfg.wandb.artifacts))
+        if cfg.wandb.tables:
+            folder, every, num_rows = path / "trajectories", cfg.wandb.tables, cfg.wandb.table_rows
+            sinks.add(lambda: TrajectoryTables(record, folder, every, num_rows, cfg.algorithm.discount))
+        entity = entity_of(cfg.wandb) if online else None
+        self.link = whereabouts(cfg.wandb, path, online=online, entity=entity)
+        self.console.say(f"W&B          {self.link}")
+        return record
 
     async def run(self) -> int:
         """Train, and write the end of the run whatever happens; see `train` for the exit code."""
@@ -79,6 +119,8 @@ class Training:
             status = "stopped"
         except Exception as raised:  # the outermost frame: the folder gets its end first, then this is raised
             error = raised
+            self.alerts.fail(raised)
+        self.alerts.close()
         await asyncio.to_thread(self._finish, status, error)
         if error is not None:
             raise error
@@ -144,22 +186,25 @@ class Training:
             if cfg.reference:
                 await self._reference_samples()
             self.samples.mark_begun()
+        goodput = Goodput.resumed(read_lines(self.folder.path / "metrics.jsonl"), state.version)
         self.run_state = Run(
             prompts=self.stream,
             buffer=Buffer(cfg.run.prompts_per_step, cfg.run.max_staleness),
             fleet=self.workers.fleet,
             scorer=self.workers.scorers,
+            quarantine=Quarantine(cfg.quarantine, self.folder.path / "quarantine.jsonl", state.quarantine),
             filter=self.filter,
             learner=self.workers.learner,
             reference=self.reference,
             observer=self,
-            ledger=Ledger(state.num_trained, state.num_filtered),
+            ledger=Ledger(state.num_trained, state.num_filtered, state.num_quarantined, goodput),
             max_staleness=cfg.run.max_staleness,
             first_step=state.version + 1,
             last_step=cfg.run.steps,
             stop=self.stop,
         )
         self.training = True
+        self.alerts.begin()
         last = await run_loop(self.run_state)
         self.training = False
         finished = last == cfg.run.steps
@@ -167,30 +212,59 @@ class Training:
             await self._save(last)
         if finished:
             await self.workers.learner.export_policy(self.folder.path.resolve() / "policy")
+            self.sinks.artifact("policy", self.folder.path / "policy", last)
         return "finished" if finished else "stopped"
+
+    def after_group(self, rollout: Rollout) -> None:
+        """See `cluster.loop.Observer`: into the trace."""
+        if self.trace is None:
+            return
+        ticket = rollout.ticket
+        known = {"ticket": ticket.number, "prompt": ticket.prompt.id, "version": rollout.oldest_version}
+        for span in rollout.spans:
+            self.trace.span(span, f"group {ticket.number}", **known, tokens=rollout.num_tokens)
+        self._count_slots(self.trace)
+
+    def _count_slots(self, trace: Trace) -> None:
+        buffer = self.run_state.buffer
+        used = buffer.num_slots - buffer.num_free
+        trace.counter("slots", time.time(), filled=buffer.num_filled, empty=used - buffer.num_filled)
 
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         """See `cluster.loop.Observer`: evaluate, save and log."""
+        if self.trace:
+            self.trace.step(step, reduce(metrics), time.time())
+            self._count_slots(self.trace)
         cfg = self.cfg
         metrics = [*metrics, Metric("memory/rss_bytes", self.memory.peak_bytes)]
         last = step == cfg.run.steps
         if last or step % cfg.checkpoint.every == 0:
-            began = time.perf_counter()
-            await self._save(step)
-            metrics.append(Metric("time/checkpoint_s", time.perf_counter() - began))
+            with self._timed("checkpoint", step) as timed:
+                await self._save(step)
+            metrics.append(Metric("time/checkpoint_s", timed()))
         if last or step % cfg.evaluation.every == 0:
             await self._evaluate(step, metrics)
         else:
             self.sinks.log(step, reduce(metrics))
 
     async def _evaluate(self, step: int, metrics: list[Metric]) -> None:
-        began = time.perf_counter()
-        for name, answers in (await self.evaluator.evaluate()).items():
-            metrics = [*metrics, *metrics_of(name, answers)]
-            first_answers = answers[:: self.cfg.evaluation.group_size]
-            self.samples.add(name, first_answers, self.cfg.evaluation.num_samples)
-        metrics.append(Metric("time/eval_s", time.perf_counter() - began))
+        with self._timed("evaluation", step) as timed:
+            for name, answers in (await self.evaluator.evaluate()).items():
+                metrics = [*metrics, *metrics_of(name, answers)]
+                first_answers = answers[:: self.cfg.evaluation.group_size]
+                self.samples.add(name, first_answers, self.cfg.evaluation.num_samples)
+        metrics.append(Metric("time/eval_s", timed()))
         self.sinks.log(step, reduce(metrics))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str, step: int) -> Iterator[Callable[[], float]]:
+        """Time the block, for the trace too; gives what says how many seconds it took."""
+        began_s, began = time.time(), time.perf_counter()
+        elapsed_s = 0.0
+        yield lambda: elapsed_s
+        elapsed_s = time.perf_counter() - began
+        if self.trace:
+            self.trace.beside(name, began_s, began_s + elapsed_s, step)
 
     async def _save(self, step: int) -> None:
         run, reference = self.run_state, self.reference.saved
@@ -200,16 +274,20 @@ class Training:
             leased=tuple(sorted([*run.prompts.returned, *run.ledger.in_flight])),
             num_trained=run.ledger.num_trained,
             num_filtered=run.ledger.num_filtered,
+            num_quarantined=run.ledger.num_quarantined,
+            quarantine=run.quarantine.state(run.ledger.in_flight),
             filter=run.filter.state(),
             reference_version=reference.version if reference else 0,
             reference_fingerprint=reference.fingerprint if reference else "",
+            wandb_id=known_run_id(self.folder.path) or "",
         )
 
         async def write(directory: Path) -> None:
             await self.workers.learner.save(directory.resolve())
             await self.reference.copy_into(directory)
 
-        await checkpoint.save(self.folder.path / "checkpoints", state, self.cfg.checkpoint.keep, write)
+        saved = await checkpoint.save(self.folder.path / "checkpoints", state, self.cfg.checkpoint.keep, write)
+        self.sinks.artifact("checkpoints", saved.path, step)
 
     def _evaluator(self) -> Evaluator:
         cfg, num = self.cfg, self.cfg.evaluation.max_prompts
@@ -236,6 +314,8 @@ class Training:
     def _finish(self, status: str, error: Exception | None) -> None:
         """Summary, report, and the last words on the console."""
         self.sinks.close()
+        if self.trace:
+            self.trace.close()
         path = self.folder.path
         summary = summarize_run(read_rows(path / "metrics.jsonl"), self.samples.content)
         summary |= {
@@ -246,21 +326,24 @@ class Training:
             "warnings": self.console.warnings,
         }
         if error is not None:
-            summary["error"] = str(error) or type(error).__name__
+            summary["error"] = redact(str(error)) or type(error).__name__
         write_atomically(path / "summary.json", json.dumps(summary, indent=2))
         report = write_report(path)
         self.console.say("")
         self.console.say(f"{status} after {summary['steps']} steps and {summary['wall_s']:.0f} s. {verdict(summary)}")
-        self.console.say(_how_to_look(path, report, status))
+        uploaded = self.wandb is not None and self.wandb.uploaded
+        in_wandb = self.link if uploaded else whereabouts(self.cfg.wandb, path, online=False)
+        self.console.say(_how_to_look(path, report, status, in_wandb))
 
 
-def _how_to_look(path: Path, report: Path, status: str) -> str:
+def _how_to_look(path: Path, report: Path, status: str, in_wandb: str) -> str:
     lines = [
         ("report", f"open {report} in a browser"),
         ("figures", f"cat {path}/summary.json; a line per step in {path}/metrics.jsonl"),
         ("trajectories", f"{path}/trajectories/*.parquet (pandas.read_parquet)"),
+        *([("trace", f"{path}/trace.json (open it in ui.perfetto.dev)")] if (path / "trace.json").is_file() else []),
         ("checkpoints", f"{path}/checkpoints/step_*/policy (Hugging Face folders)"),
-        ("W&B", f"wandb sync {path}/wandb/offline-run-*"),
+        ("W&B", in_wandb),
     ]
     if status == "finished":
         lines.append(("policy", f"{path}/policy (a Hugging Face folder for transformers and vLLM)"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tomli_w
@@ -15,7 +15,9 @@ from cluster.faults import ConfigError
 from cluster.folder import resolved
 
 RUN_FILE = "run.toml"
-MAX_MODEL_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
+"""Of all that is sent along; Ray takes at most 512 MiB."""
+_LEFT_OUT = ("__pycache__", ".*")  # of .git and .env nobody has use; .gitignore would make Ray leave files out
 
 
 def stage(cfg: RunConfig, folder: Path) -> None:
@@ -26,19 +28,31 @@ def stage(cfg: RunConfig, folder: Path) -> None:
     Raises:
         ConfigError: If the run folder would vanish with the job, or a file cannot be sent along.
     """
+    check_run_dir(cfg)
+    models = {section.model for section in (cfg.policy, cfg.reference, cfg.critic) if section and section.model}
+    named = [*(("prompt file", path) for path in _prompt_files(cfg)), *(("model folder", path) for path in models)]
+    sent = [(what, path) for what, path in dict.fromkeys(named) if not path.is_absolute()]
+    _check(sent)
+    (folder / RUN_FILE).write_text(tomli_w.dumps(resolved(cfg)), encoding="utf-8")
+    for package in (align, cluster):
+        source = Path(package.__path__[0])
+        _copy(source, folder / source.name)
+    for _, path in sent:
+        _copy(path, folder / path)
+
+
+def check_run_dir(cfg: RunConfig) -> Path:
+    """The run folder, if a job may have it.
+
+    Raises:
+        ConfigError: If it would vanish with the job.
+    """
     if cfg.run.dir is None or not cfg.run.dir.is_absolute():
         raise ConfigError(
             f"run.dir is {str(cfg.run.dir or 'left out')!r}: a job's working folder vanishes with the job",
             "set run.dir to an absolute path on storage that the whole cluster shares: --set run.dir=/shared/runs/x",
         )
-    (folder / RUN_FILE).write_text(tomli_w.dumps(resolved(cfg)), encoding="utf-8")
-    for package in (align, cluster):
-        source = Path(package.__path__[0])
-        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in _prompt_files(cfg):
-        _copy(path, folder, "prompt file")
-    for path in {section.model for section in (cfg.policy, cfg.reference, cfg.critic) if section and section.model}:
-        _copy_model(path, folder)
+    return cfg.run.dir
 
 
 def _prompt_files(cfg: RunConfig) -> Iterator[Path]:
@@ -47,28 +61,30 @@ def _prompt_files(cfg: RunConfig) -> Iterator[Path]:
         yield from cfg.evaluation.heldout.files
 
 
-def _copy_model(path: Path, folder: Path) -> None:
-    if path.is_absolute():
-        return
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if size > MAX_MODEL_BYTES:
+def _check(sent: Sequence[tuple[str, Path]]) -> None:
+    for what, path in sent:
+        if ".." in path.parts:
+            raise ConfigError(f"{what} {path} is outside the folder you submit from", "name it by its absolute path")
+        if not path.exists():
+            raise ConfigError(f"{what} {path} does not exist (looked in {Path.cwd()})", "correct the path")
+    sizes = {(what, path): _num_bytes(path) for what, path in sent}
+    if (total := sum(sizes.values())) > MAX_BYTES:
+        (what, path), size = max(sizes.items(), key=lambda item: item[1])
         raise ConfigError(
-            f"model folder {path} has {size >> 20} MiB; at most {MAX_MODEL_BYTES >> 20} MiB are sent along with a job",
+            f"{total >> 20} MiB would be sent along with the job, {size >> 20} MiB of them the {what} {path}; "
+            f"at most {MAX_BYTES >> 20} MiB are",
             "put it on storage that the cluster has and name it by its absolute path",
         )
-    _copy(path, folder, "model folder")
 
 
-def _copy(path: Path, folder: Path, what: str) -> None:
-    if path.is_absolute():
-        return
-    if ".." in path.parts:
-        raise ConfigError(f"{what} {path} is outside the folder you submit from", "name it by its absolute path")
-    if not path.exists():
-        raise ConfigError(f"{what} {path} does not exist (looked in {Path.cwd()})", "correct the path")
-    target = folder / path
+def _num_bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _copy(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
-        shutil.copytree(path, target, dirs_exist_ok=True)
+        shutil.copytree(path, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     else:
         shutil.copy2(path, target)

@@ -199,7 +199,7 @@ class ExportedWeights:
     Attributes:
         version: Policy version.
         fingerprint: Of the tensors as they must arrive, wire type included.
-        arrays: By Hugging Face name; bfloat16 travels as uint16, since numpy has no bfloat16.
+        arrays: By Hugging Face name, an adapter's own by peft's; bfloat16 travels as uint16, since numpy has no bfloat16.
         dtype: The wire type.
     """
 
@@ -222,7 +222,7 @@ def export_weights(named_weights: Iterable[tuple[str, Tensor]], version: int, dt
     """Copy weights to the CPU in the wire type and fingerprint them.
 
     Args:
-        named_weights: Every parameter once, by Hugging Face name.
+        named_weights: Every parameter once, by Hugging Face name; or those of an adapter alone.
         version: Policy version of these weights.
         dtype: "float32" or "bfloat16".
 

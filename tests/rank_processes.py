@@ -16,7 +16,9 @@ DEADLINE_S = 240
 _context = multiprocessing.get_context(
     "forkserver"
 )  # imports once; a fork of this process could not run backward passes
-_context.set_forkserver_preload(["tests.rank_processes", "tests.conftest", "transformers.models.qwen3.modeling_qwen3"])
+_context.set_forkserver_preload(
+    ["tests.rank_processes", "tests.conftest", "transformers.models.qwen3.modeling_qwen3", "peft"]
+)
 
 
 def on_ranks(num_ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from align.adapters import Adapter, AdapterConfig
@@ -23,7 +24,7 @@ from cluster.inputs import load_inputs
 from cluster.learning import LearnerActor
 from cluster.scorer import ScorerActor, ScorerConfig
 from tests.conftest import random_qwen3
-from tests.families import random_model
+from tests.families import random_model, write
 from tests.run_files import config
 from tests.test_config import refused
 from tests.test_config import run_file as run_file
@@ -320,6 +321,59 @@ def test_a_reference_that_is_refreshed_takes_the_merged_weights(model_folder: Pa
     assert (settings["r"], settings["peft_type"], settings["base_model_name_or_path"]) == (3, "LORA", str(model_folder))
 
 
+# --- engines that have the adapter itself --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_factors_that_engines_get_multiply_to_what_is_merged(policy: Policy, rslora: bool) -> None:
+    start = {name: weight.clone() for name, weight in policy.named_weights()}
+    adapt(policy, rslora=rslora, target_modules=("q_proj", "down_proj"))
+    factors, merged = dict(policy.named_factors()), dict(policy.named_weights())
+    places = {name.partition(".lora_")[0] for name in factors}
+    assert len(factors) == 2 * len(places) == 2 * 2 * 2
+    for place in places:
+        name = f"{place.removeprefix('base_model.model.')}.weight"
+        a, b = (factors[f"{place}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(start[name] + b @ a, merged[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(start[name], merged[name])
+
+
+def test_peft_takes_the_factors_for_an_adapter_whose_alpha_is_its_rank(
+    policy: Policy, model_folder: Path, tmp_path: Path
+) -> None:
+    """So does vLLM, which has the same folders."""
+    from peft import LoraConfig, PeftModel
+
+    adapt(policy, rslora=True)
+    save_file({n: t.contiguous() for n, t in policy.named_factors()}, tmp_path / "adapter_model.safetensors")
+    LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=3, target_modules="all-linear").save_pretrained(tmp_path)
+    first = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, **LOCAL)
+    again = PeftModel.from_pretrained(first, tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, policy.model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_learner_sends_the_adapter_alone_where_engines_have_it_and_what_else_it_writes_is_the_same(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    actors = [new_actor(model_folder, tmp_path, publish=publish) for publish in ("merged", "adapter")]
+    for actor in actors:
+        step(actor, 1)
+    merged, adapter = (actor.export() for actor in actors)
+    trained_bytes = 4 * sum(p.numel() for _, p in trained(actors[1].policy))
+    assert adapter[1] == (trained_bytes, 1) and adapter[0].num_bytes == trained_bytes
+    assert merged[0].num_bytes == 4 * sum(w.numel() for _, w in actors[0].policy.named_weights())
+    assert {name.split(".")[-2] for name in adapter[0].arrays} == {"lora_A", "lora_B"}
+    assert actors[0].fingerprint() == actors[1].fingerprint()
+
+
+def test_an_adapter_goes_by_ray_also_between_gpus() -> None:
+    gpus = {"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}}
+    adapter = {"publish": "adapter", "rank": 4}
+    assert config(**gpus, policy={"model": Path("m"), "adapter": {"rank": 4}}).transport == "nccl"
+    cfg = config(**gpus, policy={"model": Path("m"), "adapter": adapter})
+    assert (cfg.transport, cfg.policy.engine_adapter) == ("object_store", cfg.policy.adapter)
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -327,10 +381,20 @@ def test_a_reference_that_is_refreshed_takes_the_merged_weights(model_folder: Pa
     ("settings", "reason"),
     [
         (["policy.adapter.dropout=0.1"], "another policy than the one that sampled; it has to be 0"),
-        (["policy.adapter.publish='adapter'"], "not offered: vLLM would have to be told of a new adapter for every"),
+        (["policy.adapter.publish='adapter'", "policy.adapter.kind='dora'"], "needs kind = 'lora': vLLM has no DoRA"),
+        (["policy.adapter.publish='adapter'", "policy.adapter.rank=513"], "needs a rank of at most 512 (not 513)"),
+        (
+            [
+                "policy.adapter.publish='adapter'",
+                "weights.transport='nccl'",
+                "learner.num_gpus=1",
+                "rollout.num_gpus=1",
+            ],
+            "needs weights.transport = 'object_store' (not 'nccl'): vLLM takes adapters from files",
+        ),
+        (["policy.adapter.publish='adapter'", "rollout.num_gpus=2"], "needs rollout.num_gpus of at most 1"),
         (["policy.adapter.rank=0"], "policy.adapter.rank: Input should be greater than or equal to 1"),
         (["policy.adapter.lora_alpha=3"], "unknown key 'policy.adapter.lora_alpha'; did you mean 'alpha'"),
-        (["policy.adapter.rank=2", "learner.num_ranks=2"], "[policy.adapter] needs learner.num_ranks = 1"),
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused_with_the_reason(
@@ -358,6 +422,28 @@ def test_places_that_cannot_be_adapted_are_refused(
     cfg = config(policy=section, reference={"model": model_folder}, prompts=prompts, **room)
     with pytest.raises(ConfigError, match=rf"\[policy\.adapter\].*{reason}"):
         load_inputs(cfg)
+
+
+def test_a_head_that_engines_would_have_an_adapter_on_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = Policy(random_qwen3(0, tied=False), tokenizer)
+    with pytest.raises(ValueError, match="lm_head is the head; with an adapter there vLLM cannot score"):
+        adapt(policy, target_modules=("q_proj", "lm_head"), publish="adapter")
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_a_mixture_of_experts_has_its_adapter_merged_on_cpus(
+    num_gpus: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write("qwen3_moe", tokenizer, tmp_path / "model")
+    section = {"model": tmp_path / "model", "adapter": {"publish": "adapter"}}
+    prompts = {"files": [write_prompts(tmp_path / "train.jsonl", "a cat")]}
+    room = {"sampling": {"max_tokens": 32}, "rollout": {"max_model_len": 64, "num_gpus": num_gpus}}
+    cfg = config(policy=section, reference={"model": tmp_path / "model"}, prompts=prompts, **room)
+    if num_gpus:
+        assert len(load_inputs(cfg).train) == 1
+    else:
+        with pytest.raises(ConfigError, match=r"needs rollout\.num_gpus = 1 for a mixture of experts"):
+            load_inputs(cfg)
 
 
 def test_models_whose_matrices_are_something_else_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from cluster.bill import Arithmetic, Rates, Role, StepTime, read_rates, roles
+from cluster.bill import SHARED_GPU, Arithmetic, Rates, Role, StepTime, places, read_rates, roles
 from cluster.faults import ConfigError
 from cluster.shape import ModelShape
 from tests.run_files import config
@@ -58,6 +59,11 @@ def test_with_an_adapter_the_weights_are_there_once_and_gradient_and_moments_are
     assert plain - adapted == 12 * 1000 - 16 * 30
     assert Arithmetic.of(cfg, shape).checkpoint_bytes == 4 * 1000 + 12 * 30
     assert Arithmetic.of(cfg, shape).publish_bytes == Arithmetic.of(cfg, SHAPE).publish_bytes == 4 * 1000
+    ranks = config(**CPU, learner={"max_tokens_per_micro_batch": 10, "num_ranks": 2, "num_gpus": 1})
+    plain, adapted = (roles(ranks, one, SHAPE)[1].gpu_bytes for one in (SHAPE, shape))
+    assert plain - adapted == (12 * 1000 - 16 * 30) // 2
+    as_adapter = config(**CPU, policy={"model": Path("m"), "adapter": {"publish": "adapter"}})
+    assert Arithmetic.of(as_adapter, shape).publish_bytes == 4 * 30
 
 
 def test_with_checkpointing_a_layer_keeps_its_input_alone_and_one_layer_is_computed_again() -> None:
@@ -72,11 +78,26 @@ def test_no_more_logits_than_the_learner_may_hold_are_counted() -> None:
     assert found.gpu_bytes == 16 * 1000 + 34 * 10 * 8 * 2 + 2 * 1000 + 2 * 400
 
 
-def test_learner_and_engine_on_one_gpu_take_half_of_it_each_and_their_memory_adds_up() -> None:
+def test_learner_and_engine_on_one_gpu_share_it_and_their_memory_adds_up() -> None:
     sections = {"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}}
     apart, together = bill(**sections), bill(**sections, weights={"transport": "ipc"})
     both = apart["learner"].gpu_bytes + apart["rollout"].gpu_bytes
-    assert [(together[name].gpus, together[name].gpu_bytes) for name in ("learner", "rollout")] == [(0.5, both)] * 2
+    assert [(together[name].gpus, together[name].gpu_bytes) for name in ("learner", "rollout")] == [
+        (SHARED_GPU, both)
+    ] * 2
+
+
+def test_ray_is_asked_for_cpus_and_gpus_of_every_process_and_for_one_place_where_two_share_a_gpu() -> None:
+    sections = {"learner": {"num_gpus": 1, "num_cpus": 2}, "rollout": {"num_gpus": 1, "num_cpus": 3}}
+    apart = places(config(**sections, scorer={"num_actors": 2, "num_gpus": 0.5}))
+    assert [(p.name, p.count, p.cpus, p.gpus) for p in apart] == [
+        ("learner", 1, 2, 1),
+        ("rollout", 1, 3, 1),
+        ("scorer", 2, 0, 0.5),
+    ]
+    together = places(config(**sections, weights={"transport": "ipc"}))
+    assert [(p.name, p.count, p.cpus, p.gpus) for p in together] == [("learner", 1, 5, 0.5), ("scorer", 1, 0, 0)]
+    assert {p.host_bytes + p.gpu_bytes for p in (*apart, *together)} == {0}
 
 
 def test_an_engine_over_several_gpus_holds_its_share_on_each() -> None:

@@ -25,6 +25,8 @@ def state(version: int) -> RunState:
         num_trained=2 * version,
         num_filtered=version,
         filter={"dropped": [[7, "p", 0.0]], "rates": {"p": 1 / 3}, "num_skipped": 2},
+        num_quarantined=1,
+        quarantine={"recent": "010", "decided": [[7, 4, 1]]},
         reference_version=version - 1,
         reference_fingerprint="abc",
     )

@@ -20,7 +20,19 @@ from cluster.config import RunConfig
 from tests.run_files import config, tree, write
 
 COMMANDS = [
-    *("train", "config", "plan", "doctor", "status", "inspect", "submit", "jobs list", "jobs logs", "jobs stop"),
+    *(
+        "train",
+        "config",
+        "plan",
+        "doctor",
+        "dashboard",
+        "status",
+        "inspect",
+        "submit",
+        "jobs list",
+        "jobs logs",
+        "jobs stop",
+    ),
     *("models tiny", "models gguf", "models smollm2", "models round"),
 ]
 HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")

@@ -273,6 +273,10 @@ DROPS = ["filter.drop_without_signal=true", "algorithm.name=grpo", "run.group_si
         (["critic.warmup_steps=1"], "the section [critic] is read by algorithm.baseline = 'critic' alone"),
         (["algorithm.num_minibatches=3"], "algorithm.num_minibatches (3) is above the 2 trajectories of a step"),
         (
+            ["run.group_size=4", "reward.kind=exact_match", "algorithm.num_minibatches=5"],
+            "algorithm.num_minibatches (5) is above the 4 trajectories of a step (two of a group where a verifier may fail",
+        ),
+        (
             ["algorithm.name=rloo", "run.group_size=2", "algorithm.kl_target=6", "algorithm.kl_horizon=3"],
             "algorithm.kl_horizon (3) is below the 4 trajectories of a step",
         ),
@@ -405,7 +409,7 @@ def test_all_roles_compute_in_the_type_of_the_engine() -> None:
     [({}, 256 << 20), ({"num_gpus": 1}, None), ({"kv_cache_bytes": 1 << 30, "num_gpus": 1}, 1 << 30)],
 )
 def test_an_engine_on_a_gpu_sizes_its_own_cache_unless_told(rollout: dict[str, int], expected: int | None) -> None:
-    settings = engine_settings(Path("m"), config(rollout=rollout).rollout, "bfloat16", 0, "object_store")
+    settings = engine_settings(Path("m"), config(rollout=rollout).rollout, "bfloat16", 0, "object_store", None)
     assert settings["kv_cache_bytes"] == expected
 
 

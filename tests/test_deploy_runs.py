@@ -12,7 +12,8 @@ from cluster.bill import roles
 from cluster.config import RunConfig, load_config
 from cluster.faults import ResourceError
 from cluster.fit import read_cluster
-from cluster.plan import check_fit, plan
+from cluster.plan import plan
+from cluster.remedies import check_fit
 from cluster.shape import ModelShape, model_shape
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -94,12 +95,12 @@ def test_with_one_rank_or_one_machine_fewer_it_would_not_fit(run: str, models: P
     alone = loaded(run, models, "learner.num_ranks=1")
     shape = model_shape(alone.policy.model)
     with pytest.raises(ResourceError, match="learner"):
-        check_fit(alone, roles(alone, shape, shape), cluster.machines())
+        check_fit(alone, lambda cfg: roles(cfg, shape, shape), cluster.machines())
     whole = loaded(run, models)
     with pytest.raises(ResourceError):
         check_fit(
             whole,
-            roles(whole, shape, shape),
+            lambda cfg: roles(cfg, shape, shape),
             cluster.machines()[1:] or [cluster.nodes[0].model_copy(update={"gpus": 7})],
         )
 

@@ -56,8 +56,12 @@ class Fleet:
         self.events: list[str] = []
         self.sampling: Any = None
         self.learner_says, self.outcome, self.lost = learner_says, outcome, ""
+        monkeypatch.setattr(subject, "reserve", self._reserve)
         for name in ("rollout", "scorer", "learner"):
             monkeypatch.setattr(subject, f"new_{name}", lambda cfg, *_, name=name: self._start(name, cfg))
+
+    async def _reserve(self, cfg: RunConfig, say: Any, warn: Any) -> None:
+        self.events.append("room")
 
     def _start(self, name: str, cfg: RunConfig) -> FakeHandle:
         self.events.append(f"{name} starts")
@@ -101,9 +105,9 @@ class FakeHandle:
 
 def test_each_process_ends_before_the_next_one_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Fleet(monkeypatch)
-    judged, agreed = agreement(CFG, PROMPTS)
+    judged, agreed = agreement(CFG, PROMPTS, pytest.fail)
     assert fleet.events == [
-        *("rollout starts", "rollout shuts down", "rollout ends"),
+        *("room", "rollout starts", "rollout shuts down", "rollout ends"),
         *("scorer starts", "scorer ends", "learner starts"),
     ]
     assert (agreed.state, "over 16 tokens" in agreed.found) == ("ok", True), "four groups of two with two tokens each"
@@ -113,14 +117,14 @@ def test_each_process_ends_before_the_next_one_starts(monkeypatch: pytest.Monkey
 
 def test_it_samples_where_both_mean_the_same_by_a_log_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Fleet(monkeypatch)
-    list(agreement(CFG, PROMPTS))
+    list(agreement(CFG, PROMPTS, pytest.fail))
     sampling = fleet.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (1.0, 1.0, 0, 32)
 
 
 def test_a_learner_that_says_otherwise_and_a_reward_that_is_not_finite_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     Fleet(monkeypatch, learner_says=-1.5, outcome=float(np.nan))
-    judged, agreed = agreement(CFG, PROMPTS)
+    judged, agreed = agreement(CFG, PROMPTS, pytest.fail)
     assert (judged.state, agreed.state) == ("fail", "fail")
     assert "0.5 nats in the mean" in agreed.found
 
@@ -130,7 +134,7 @@ def test_a_process_that_does_not_start_is_an_error_and_is_ended(lost: str, monke
     fleet = Fleet(monkeypatch)
     fleet.lost = lost
     with pytest.raises(ActorLost, match=f"{lost} 0 was lost during start"):
-        list(agreement(CFG, PROMPTS))
+        list(agreement(CFG, PROMPTS, pytest.fail))
     assert fleet.events[-1] == f"{lost} ends"
 
 
@@ -138,7 +142,7 @@ def test_the_trial_leaves_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
     Fleet(monkeypatch)
 
     async def trial() -> int:
-        await subject._trial(CFG, PROMPTS)
+        await subject._trial(CFG, PROMPTS, pytest.fail)
         return len(asyncio.all_tasks())
 
     assert asyncio.run(trial()) == 1

@@ -64,6 +64,28 @@ def test_the_order_is_another_one_in_every_pass_and_batch_and_that_of_the_batch_
     assert list(minibatches(4, 2, 1, 7)) == [[0, 1, 2, 3]] * 2
 
 
+def test_an_update_tells_its_advantages_and_what_the_policy_said_when_each_trajectory_was_first_learned_from(
+    new_policy: Any,
+) -> None:
+    batch = ragged_batch()
+    stats = {}
+    for epochs, parts in ((1, 1), (2, 1), (2, 2)):
+        learner = new_learner(new_policy(), num_epochs=epochs, num_minibatches=parts, **CLIP)
+        before = old_logprobs(learner.policy, batch, 1000)
+        stats[epochs, parts] = learner.update(batch)
+        assert torch.equal(stats[epochs, parts].advantages, learner.objective.advantages(batch)[0])
+        assert torch.equal(stats[epochs, parts].policy_logprobs.isnan(), ~batch.loss_mask)
+    found = {key: found.policy_logprobs[batch.loss_mask] for key, found in stats.items()}
+    at_the_start = before[batch.loss_mask]
+    torch.testing.assert_close(found[1, 1], at_the_start)
+    torch.testing.assert_close(found[2, 1], at_the_start)
+    (first, second) = list(minibatches(batch.num_trajectories, 1, 2, 0))
+    mixed = stats[2, 2].policy_logprobs
+    torch.testing.assert_close(mixed[first][batch.loss_mask[first]], before[first][batch.loss_mask[first]])
+    moved = (mixed[second] - before[second])[batch.loss_mask[second]].abs()
+    assert moved.max() > 1e-5, "the first minibatch moved the policy before the second was looked at"
+
+
 # --- steps -------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 import cluster.handles
-from align.metrics import Metric
+from align.metrics import Metric, reduce
 from align.types import Prompt, Ticket
 from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDiverged, WrongWeights
 from cluster.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
 from cluster.loop import Rollout
 from cluster.rollout import GroupSummary, RolloutConfig
-from cluster.scorer import ScorerConfig
+from cluster.scorer import ScorerConfig, Verdict
 from cluster.scoring import ScorerHandle, ScorerPool
+from cluster.trace import Span
 
 TICKET = Ticket(5, Prompt("p", "prompt", (1, 2)), (7,))
 ROLLOUT = Rollout(TICKET, oldest_version=3, num_tokens=9, num_stopped=1, payload="group 5")
+SPAN = Span("rollout", 0, 1.0, 2.0)
 SHORT = 0.02  # seconds; a deadline that passes in a test
 Method = Callable[..., Awaitable[Any]]
 
@@ -165,7 +168,9 @@ def test_restarts_are_counted_up_to_the_budget() -> None:
 
 def test_a_rollout_is_a_summary_with_its_tokens_left_where_they_are() -> None:
     async def scenario() -> None:
-        actor = FakeActor(rollout=gives(("the group", GroupSummary(oldest_version=3, num_tokens=9, num_stopped=1))))
+        actor = FakeActor(
+            rollout=gives(("the group", GroupSummary(oldest_version=3, num_tokens=9, num_stopped=1, span=SPAN)))
+        )
         rollout = await RolloutHandle(actor, 0, RolloutConfig(), max_groups=2).rollout(TICKET)
         assert (rollout.ticket, rollout.oldest_version, rollout.num_tokens, rollout.num_stopped) == (TICKET, 3, 9, 1)
         assert isinstance(rollout.payload, asyncio.Future), "a reference, not the group"
@@ -367,7 +372,7 @@ class Scorers:
         self.made: list[FakeActor] = []
         self.warnings: list[str] = []
         self.ready = scripts.get("ready", gives(None))
-        self.score = scripts.get("score", gives(("scores", (0.5,))))
+        self.score = scripts.get("score", gives(("scores", Verdict((0.5,)))))
 
     def create(self, rank: int) -> FakeActor:
         self.made.append(FakeActor(ready=self.ready, score=self.score))
@@ -387,9 +392,9 @@ def test_scorers_take_turns() -> None:
     asked: list[int] = []
 
     def scorer(rank: int) -> FakeActor:
-        async def score(payload: Any) -> tuple[str, tuple[float, ...]]:
+        async def score(payload: Any) -> tuple[str, Verdict]:
             asked.append(rank)
-            return f"scores of {payload} by {rank}", (rank / 2,)
+            return f"scores of {payload} by {rank}", Verdict((rank / 2,))
 
         return FakeActor(score=score)
 
@@ -400,6 +405,24 @@ def test_scorers_take_turns() -> None:
         assert [await one.scores for one in scored] == [f"scores of group 5 by {rank}" for rank in (0, 1, 2, 0)]
         assert [one.outcomes for one in scored] == [(0.0,), (0.5,), (1.0,), (0.0,)]
         assert scored[0].ticket == TICKET
+
+    complete(scenario())
+
+
+def test_the_idle_share_of_scorers_is_of_the_time_that_they_measured_since_the_last_step() -> None:
+    now = [100.0]
+    verdict = Verdict((0.5,), began_s=50.0, ended_s=51.5)
+
+    async def scenario() -> None:
+        handles = [ScorerHandle(FakeActor(score=gives(("scores", verdict))), rank, ScorerConfig()) for rank in (0, 1)]
+        scorers = ScorerPool(handles, Scorers().create, 0, print, lambda: now[0])
+        for _ in range(3):
+            scored = await scorers.score(replace(ROLLOUT, spans=(SPAN,)))
+        now[0] += 10
+        assert reduce(scorers.end_step()) == {"idle/scorer_fraction": 1 - 4.5 / 20}
+        now[0] += 10
+        assert reduce(scorers.end_step()) == {"idle/scorer_fraction": 1}
+        assert scored.spans == (SPAN, Span("scorer", 0, 50.0, 51.5))
 
     complete(scenario())
 

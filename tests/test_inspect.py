@@ -13,8 +13,10 @@ from align.types import ScoredGroup
 from cluster import transcripts
 from cluster.faults import ConfigError
 from cluster.folder import RunFolder
-from cluster.inspect import Trajectories, chosen, staleness, view
+from cluster.inspect import view
+from cluster.selection import Selection, ends
 from cluster.status import status
+from cluster.transcripts import Trajectories
 from tests.conftest import character_tokenizer
 from tests.run_files import config
 from tests.trajectories import make_scored, make_trajectory
@@ -49,8 +51,9 @@ def run(tmp_path: Path, model_folder: Path) -> Path:
 
 
 def look(run: Path, step: int | None = None, **more: object) -> str:
-    options = {"ticket": None, "repeat": None, "prompt": None, "ending": None, "limit": 20} | more
-    return shown(view(run, step, **options))  # type: ignore[arg-type]
+    options = {"ticket": None, "repeat": None, "order": None, "limit": 20} | more
+    wanted = {name: options.pop(name) for name in list(options) if name in Selection.__slots__}
+    return shown(view(run, Selection(step, step, **wanted), **options))  # type: ignore[arg-type]
 
 
 def test_the_overview_has_a_line_per_step_with_its_extremes(run: Path) -> None:
@@ -60,13 +63,53 @@ def test_the_overview_has_a_line_per_step_with_its_extremes(run: Path) -> None:
 
 
 def test_a_step_lists_the_lowest_and_the_highest_rewards(run: Path) -> None:
-    rows = Trajectories(run).rows(2)
-    assert [row["reward"] for row in chosen(rows, None, None, 20)] == [-1, 1, 3, 7]
-    assert [row["reward"] for row in chosen(rows, None, None, 2)] == [-1, 7]
-    assert [row["reward"] for row in chosen(rows, None, None, 3)] == [-1, 1, 7]
-    assert chosen(rows, "no such prompt", None, 20) == []
-    assert chosen(rows, None, "length", 20) == []
-    assert [staleness(row) for row in rows] == [1, 1, 0, 0]
+    briefs = Trajectories(run).briefs(2)
+    assert [brief.reward for brief in ends(briefs, 20)] == [-1, 1, 3, 7]
+    assert [brief.reward for brief in ends(briefs, 2)] == [-1, 7]
+    assert [brief.reward for brief in ends(briefs, 3)] == [-1, 1, 7]
+    assert [brief.staleness for brief in briefs] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rewards"),
+    [
+        ({}, [3, -4, 0.5, 0.5, 1, 3, -1, 7]),
+        ({"first_step": 2}, [1, 3, -1, 7]),
+        ({"last_step": 1, "max_reward": 0.5}, [-4, 0.5, 0.5]),
+        ({"prompt": "prompt-3"}, [-1, 7]),
+        ({"prompt": "no such prompt"}, []),
+        ({"ending": "length"}, []),
+        ({"min_reward": 1, "max_reward": 3}, [3, 1, 3]),
+        ({"min_staleness": 1}, [1, 3]),
+        ({"max_staleness": 0, "min_reward": 0.5}, [3, 0.5, 0.5, 7]),
+    ],
+)
+def test_a_selection_takes_what_is_within_all_its_limits(
+    run: Path, wanted: dict[str, object], rewards: list[float]
+) -> None:
+    found = Selection(**wanted).of(Trajectories(run))  # type: ignore[arg-type]
+    assert [brief.reward for brief in found] == rewards
+
+
+def test_a_list_goes_over_all_steps_in_the_order_that_is_asked_for(run: Path) -> None:
+    lines = [
+        line.split() for line in look(run, order="highest", limit=3).splitlines() if line.split()[:1] in (["1"], ["2"])
+    ]
+    assert [line[:4] for line in lines] == [["2", "3", "1", "7"], ["1", "0", "0", "3"], ["2", "2", "1", "3"]]
+    assert "3 of 8 trajectories" in look(run, order="highest", limit=3)
+
+
+def test_what_moved_a_step_comes_with_its_formula_and_the_strongest_first(run: Path) -> None:
+    text = look(run, 1, order="pull")
+    lines = [line.split() for line in text.splitlines() if line.split()[:1] in (["0"], ["1"])]
+    # equal probabilities: the returns add up to 3 + 2, 4, 1/2 + 1/4 and 1/2 of 10.25
+    assert [(line[:3], line[4]) for line in lines] == [
+        (["0", "0", "3"], "48.8%"),
+        (["0", "1", "-4"], "39.0%"),
+        (["1", "1", "0.5"], "7.3%"),
+        (["1", "0", "0.5"], "4.9%"),
+    ]
+    assert "pull = w × A × (1 − p)" in text
 
 
 def test_a_group_is_shown_side_by_side_with_what_each_has_over_the_mean(run: Path) -> None:
@@ -78,8 +121,9 @@ def test_a_group_is_shown_side_by_side_with_what_each_has_over_the_mean(run: Pat
 
 def test_a_trajectory_is_shown_token_by_token_with_its_returns(run: Path) -> None:
     lines = [line.split() for line in look(run, 1, ticket=0, repeat=0).splitlines()]
-    numbers = [[float(word) for word in line[-5:] if word != "-"] for line in lines if line[:1] in (["0"], ["1"])]
-    assert numbers == [[-1.5, 1.0, 3.0, 0.0], [-1.5, 2.0, 2.0, 0.0]]  # log-prob, reward, return, version; no reference
+    numbers = [[float(word) for word in line[-6:] if word != "-"] for line in lines if line[:1] in (["0"], ["1"])]
+    # log-prob, reward, return, advantage, version; no reference
+    assert numbers == [[-1.5, 1.0, 3.0, 3.0, 0.0], [-1.5, 2.0, 2.0, 2.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +133,8 @@ def test_a_trajectory_is_shown_token_by_token_with_its_returns(run: Path) -> Non
         (1, {"ticket": 2}, "did not train ticket 2"),
         (1, {"ticket": 0, "repeat": 2}, "has no repeat 2"),
         (None, {"ticket": 0}, "a ticket is looked for in one step"),
+        (None, {"order": "pull"}, "a question to one step"),
+        (1, {"order": "sideways"}, "there is no order 'sideways'"),
     ],
 )
 def test_what_is_not_there_is_said(run: Path, step: int | None, more: dict[str, int], message: str) -> None:
@@ -106,6 +152,8 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ended(run: Path) -> None:
     rows = [{"step": k, "time/step_s": 2.0, "time/update_s": 0.5, "reward/trajectory_mean": -k} for k in (1, 2)]
     rows[1]["eval/heldout/kl_per_token"] = 0.125
+    rows[1] |= {"goodput/sampled_tokens": 8, "goodput/trained_tokens": 7, "goodput/filtered_tokens": 1}
+    rows[1]["idle/learner_fraction"] = 0.5
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "ended without a word" in shown(status(run))
     with RunFolder(run, config_of(run)).lock():
@@ -113,6 +161,8 @@ def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ende
     assert ": running" in text
     assert "2 of 3; 2.0 s each, 2 s left" in text
     assert "update 25%" in text
+    assert "trained 87.5%, filtered 12.5%" in text
+    assert "learner 25.0%" in text, "of the two steps"
     assert "-1.5 (mean of 2 steps)" in text
     assert "heldout/kl_per_token 0.125" in text
     (run / "summary.json").write_text(json.dumps({"status": "failed", "error": "[RUN] no luck"}))

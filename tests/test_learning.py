@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -77,6 +78,9 @@ def test_the_batch_of_an_update_that_was_not_finite_is_written_beside_the_trajec
     actor.update(2, bad.group, bad.scores)
     with pytest.raises(TrainingDiverged) as caught:
         actor.update(3, bad.group, bad.scores)
+    recorded = [pyarrow.parquet.read_table(tmp_path / f"step_0000{step}.parquet").to_pylist()[0] for step in (0, 3)]
+    assert len(recorded[0]["advantages"]) == len(recorded[0]["policy_logprobs"]) == 2
+    assert recorded[1]["advantages"] is None and len(recorded[1]["rewards"]) == 2, "the update that ended the run"
     path = tmp_path / "step_00003_not_finite.safetensors"
     assert path.is_file()
     assert str(path) in caught.value.advice

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +22,10 @@ from align.types import Prompt, Ticket
 from cluster.buffer import Buffer
 from cluster.faults import ActorLost, RestartBudgetSpent, StalenessViolation
 from cluster.filtering import Filter, FilterConfig
+from cluster.goodput import Goodput
 from cluster.ledger import Ledger
 from cluster.loop import Rollout, Run, first_error, run_loop
+from cluster.quarantine import Failure, Quarantine, QuarantineConfig
 
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1, 2)) for number in range(5)]
 GROUP_SIZE = 2
@@ -38,6 +42,9 @@ class World:
             work is about; may raise or wait.
         reported: Oldest version that is reported for a ticket, where it is not the true one.
         outcomes: Outcomes of the group of a ticket.
+        failures: Failures of the reward on the group of a ticket.
+        skips: Steps whose update is not finite.
+        masked: Tokens that every update masks.
         reference: Policy version that the scorers' reference has.
         log: What happened, in order.
     """
@@ -47,6 +54,9 @@ class World:
     hooks: dict[str, Callable[[Any], Awaitable[None]]] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
     outcomes: Callable[[Ticket], tuple[float, ...]] = lambda _: (0.0, 1.0)
+    failures: Callable[[Ticket], tuple[Failure, ...]] = lambda _: ()
+    skips: set[int] = field(default_factory=set)
+    masked: int = 0
     reference: int = 0
     log: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -73,6 +83,7 @@ class FakeActor:
         self.world.log.append(("rollout", ticket.number, self.rank))
         await self.world.work("rollout", (self, ticket))
         oldest = self.world.reported.get(ticket.number, oldest)
+        self.world.log.append(("handed over", ticket.number))
         return Rollout(ticket, oldest, num_tokens=10 + ticket.number, num_stopped=1, payload=f"group {ticket.number}")
 
 
@@ -84,7 +95,12 @@ class FakeScorer:
         await self.world.work("score", rollout)
         self.world.log.append(("score", rollout.ticket.number, self.world.reference))
         outcomes = self.world.outcomes(rollout.ticket)
-        return replace(rollout, scores=f"scores of {rollout.payload}", outcomes=outcomes)
+        failures = self.world.failures(rollout.ticket)
+        outcomes = outcomes[len(failures) :]
+        return replace(rollout, scores=f"scores of {rollout.payload}", outcomes=outcomes, failures=failures)
+
+    def end_step(self) -> list[Metric]:
+        return []
 
 
 @dataclass
@@ -125,7 +141,9 @@ class FakeLearner:
         staleness = max(step - 1 - rollout.oldest_version for rollout in rollouts)
         self.world.log.append(("update", step, tickets, staleness))
         await self.world.work("update", step)
-        return [Metric("tokens/trained", sum(rollout.num_tokens for rollout in rollouts))]
+        judged = [r.num_tokens - sum(failure.num_tokens for failure in r.failures) for r in rollouts]
+        trained = 0 if step in self.world.skips else sum(judged) - self.world.masked
+        return [Metric("tokens/trained", trained), Metric("tokens/masked", self.world.masked)]
 
 
 @dataclass
@@ -145,6 +163,9 @@ class FakeReference:
 class FakeObserver:
     world: World
     metrics: list[dict[str, float]] = field(default_factory=list)
+
+    def after_group(self, rollout: Rollout) -> None:
+        self.world.log.append(("after_group", rollout.ticket.number))
 
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         self.world.log.append(("after_step", step))
@@ -167,6 +188,7 @@ def make_run(
     *,
     steps: int = 4,
     groups_per_step: int = 2,
+    group_size: int = GROUP_SIZE,
     max_staleness: int = 0,
     num_actors: int = 1,
     max_groups: int = 4,
@@ -178,6 +200,8 @@ def make_run(
     num_filtered: int = 0,
     filtering: FilterConfig | None = None,
     filter_state: Mapping[str, Any] | None = None,
+    quarantine: Quarantine | None = None,
+    goodput: Goodput | None = None,
     refresh_every: int = 0,
 ) -> Run:
     buffer = LoggedBuffer(groups_per_step, max_staleness)
@@ -185,15 +209,16 @@ def make_run(
     actors = [FakeActor(world, rank, version, max_groups) for rank in range(num_actors)]
     filter_ = Filter(filtering or FilterConfig(), groups_per_step, 7, state=filter_state)
     return Run(
-        prompts=PromptStream(PROMPTS, GROUP_SIZE, 7, cursor, deque(leased), filter_.visits),
+        prompts=PromptStream(PROMPTS, group_size, 7, cursor, deque(leased), filter_.visits),
         buffer=buffer,
         fleet=FakeFleet(world, actors, version, restarts),
         scorer=FakeScorer(world),
+        quarantine=quarantine or Quarantine(QuarantineConfig(), Path(os.devnull)),
         filter=filter_,
         learner=FakeLearner(world),
         reference=FakeReference(world, refresh_every),
         observer=FakeObserver(world),
-        ledger=Ledger(num_trained, num_filtered),
+        ledger=Ledger(num_trained, num_filtered, goodput=goodput),
         max_staleness=max_staleness,
         first_step=version + 1,
         last_step=steps,

@@ -331,6 +331,7 @@ def test_a_trajectory_cut_off_by_length_carries_no_loss_but_counts_in_the_baseli
     values = reduced(stats)
     assert values["trajectory/overlong_masked_fraction"] == pytest.approx(1 / 6)
     assert values["tokens/trained"] == reduced(whole_stats)["tokens/trained"] - 4 == 24
+    assert values["tokens/masked"] == 4
 
 
 def test_a_batch_in_which_every_trajectory_is_masked_has_a_gradient_of_0(new_policy: Any) -> None:
@@ -338,7 +339,7 @@ def test_a_batch_in_which_every_trajectory_is_masked_has_a_gradient_of_0(new_pol
     gradients, stats = update(new_learner(new_policy(), name="dapo"), batch)
     assert all(not g.any() for g in gradients.values())
     assert not stats.skipped
-    assert (stats.num_loss_tokens, reduced(stats)["tokens/trained"]) == (0, 0)
+    assert (stats.num_loss_tokens, reduced(stats)["tokens/trained"], reduced(stats)["tokens/masked"]) == (0, 0, 28)
 
 
 # --- off-policy --------------------------------------------------------------------------------------------------

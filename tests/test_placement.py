@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster import placement
+from cluster import placement, reservation
 from cluster.config import RunConfig
 from cluster.faults import ResourceError
 from cluster.placement import (
@@ -111,7 +111,15 @@ def test_what_lies_in_host_memory_is_counted_in_models(sections: dict[str, Any],
         ) as caught:
             check_memory(cfg, weights_bytes=GIB, memory_bytes=num_models * GIB - 1)
         assert caught.value.exit_code == 3
-        assert "take a smaller model" in caught.value.advice
+        assert f"a machine with {num_models} GiB" in caught.value.advice
+
+
+def test_where_memory_is_short_a_setting_is_named_that_fits() -> None:
+    cfg = config(rollout={"num_actors": 3, "kv_cache_bytes": GIB})
+    with pytest.raises(ResourceError) as caught:
+        check_memory(cfg, weights_bytes=GIB, memory_bytes=9 * GIB)
+    assert caught.value.advice == "would fit: --set rollout.num_actors=2, or a machine with 11 GiB"
+    check_memory(config(rollout={"num_actors": 2, "kv_cache_bytes": GIB}), GIB, 9 * GIB)
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------------
@@ -129,6 +137,46 @@ def test_a_cluster_is_joined_only_where_ray_address_names_one(
     else:
         monkeypatch.setenv("RAY_ADDRESS", value)
     assert cluster_address() == expected
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float] | None], Any]:
+    """A cluster of two machines with two CPUs each, a third that has left, and what an autoscaler may make of it."""
+
+    def join(most: dict[str, float] | None) -> Any:
+        def node(cpus: float, alive: bool = True) -> dict[str, Any]:
+            return {"Alive": alive, "Resources": {"CPU": cpus, "memory": 1e9}}
+
+        state = SimpleNamespace(state=SimpleNamespace(get_max_resources_from_cluster_config=lambda: most))
+        fake = SimpleNamespace(
+            nodes=lambda: [node(2), node(2), node(8, alive=False), {"Alive": True, "Resources": {"memory": 1e9}}],
+            cluster_resources=lambda: {"CPU": 4.0},
+            _private=SimpleNamespace(state=state),
+        )
+        monkeypatch.setattr(placement, "ray", fake)
+        monkeypatch.setattr(reservation, "ray", fake)
+        monkeypatch.setattr(placement, "_init", lambda what, **options: "joined")
+        return lambda cfg: placement._join(cfg, "10.0.0.7:6379")
+
+    return join
+
+
+def test_a_run_joins_a_cluster_that_it_fits(joined: Any) -> None:
+    assert joined(None)(config(rollout={"num_actors": 3})) == "joined"
+
+
+def test_a_run_that_fits_no_machine_of_the_cluster_is_refused_though_the_sum_would_do(joined: Any) -> None:
+    with pytest.raises(
+        ResourceError, match=r"no room for 1 of rollout \(3 CPUs\); the largest of the 2 machines"
+    ) as caught:
+        joined(None)(config(rollout={"num_cpus": 3}))
+    assert "--set learner.num_cpus=0.5 --set rollout.num_cpus=0.5" in caught.value.advice
+
+
+def test_a_cluster_that_grows_is_refused_only_beyond_what_it_may_grow_to(joined: Any) -> None:
+    assert joined({"CPU": 64})(config(rollout={"num_actors": 60})) == "joined"
+    with pytest.raises(ResourceError, match=r"the run needs 66 CPUs, the cluster at .* has 64"):
+        joined({"CPU": 64})(config(rollout={"num_actors": 65}))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +228,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig, int], t
     monkeypatch.setattr(placement.ray, "remote", FakeActorClass)
 
     def make(cfg: RunConfig, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        kind, options, (own_rank, settings, sampling) = placement._create_rollout(cfg, rank)
+        kind, options, (own_rank, settings, sampling) = placement._create_rollout(cfg, rank, "DEFAULT")
         assert (kind, own_rank, sampling) == (placement.RolloutActor, rank, cfg.sampling)
         return options, settings
 
@@ -196,49 +244,44 @@ def test_an_engine_starts_from_the_initial_policy_whatever_the_run_stands_at(mak
 
 def test_a_learner_starts_from_the_checkpoint(make_engine: Any, tmp_path: Path) -> None:
     cfg = config(policy={"model": tmp_path / "policy"})
-    _, _, (model, *_) = placement._create_learner(cfg, tmp_path, tmp_path / "step_00002" / "policy")
+    _, _, (model, *_) = placement._create_learner(cfg, tmp_path, tmp_path / "step_00002" / "policy", "DEFAULT")
     assert model == tmp_path / "step_00002" / "policy"
 
 
-def test_the_ranks_of_a_learner_are_placed_together_and_know_their_number(
-    make_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+class FakeReservation:
+    """Gives every process a place that says whose it is."""
+
+    def strategy(self, role: str, rank: int) -> str:
+        return f"{role} {rank}"
+
+
+def test_the_ranks_of_a_learner_have_a_place_each_and_know_their_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[tuple[Any, str]] = []
-    given: list[dict[str, Any]] = []
-
-    class Recording(FakeActorClass):
-        def options(self, **options: Any) -> FakeActorClass:
-            given.append(options)
-            return FakeActorClass(self.kind, options)
-
     class Kept(FakeActorClass):
+        def options(self, **given: Any) -> Kept:
+            return Kept(self.kind, given)
+
         def remote(self, *arguments: Any, **settings: Any) -> Any:
-            return settings["place"]
+            return (self.given or {})["scheduling_strategy"], settings["place"]
 
-    def group(bundles: Any, strategy: str) -> str:
-        asked.append((bundles, strategy))
-        return "the group"
-
-    monkeypatch.setattr(placement.ray.util, "placement_group", group)
-    monkeypatch.setattr(FakeActorClass, "remote", Kept.remote)
-    monkeypatch.setattr(placement.ray, "remote", Recording)
+    monkeypatch.setattr(placement.ray, "remote", Kept)
     cfg = config(
         run={"prompts_per_step": 3},
         learner={"num_ranks": 3, "num_cpus": 2},
         deadlines={"update_s": 40, "save_s": 30, "start_s": 20},
         rollout={"load_deadline_s": 5},
     )
-    places = placement._create_learners(cfg, tmp_path, tmp_path)
-    assert asked == [([{"CPU": 2}] * 3, "PACK")]
-    strategies = [options["scheduling_strategy"] for options in given]
-    assert [s.placement_group_bundle_index for s in strategies] == [0, 1, 2]
-    assert [place.rank for place in places] == [0, 1, 2]
-    assert {place.timeout_s for place in places} == {50}, "30 s for a save and four calls of an engine"
+    made: Any = placement._create_learners(cfg, tmp_path, tmp_path, FakeReservation())  # type: ignore[arg-type]
+    assert [strategy for strategy, _ in made] == ["learner 0", "learner 1", "learner 2"]
+    assert [place.rank for _, place in made] == [0, 1, 2]
+    assert {place.timeout_s for _, place in made} == {50}, "30 s for a save and four calls of an engine"
 
 
-def test_a_learner_of_one_rank_needs_no_group(make_engine: Any, tmp_path: Path) -> None:
-    ((_, options, _),) = placement._create_learners(config(), tmp_path, tmp_path)
-    assert "scheduling_strategy" not in options
+def test_a_learner_of_one_rank_meets_nobody(make_engine: Any, tmp_path: Path) -> None:
+    made: Any = placement._create_learners(config(), tmp_path, tmp_path, FakeReservation())  # type: ignore[arg-type]
+    ((_, options, _),) = made
+    assert options["scheduling_strategy"] == "learner 0"
 
 
 def test_every_engine_has_a_seed_of_its_own(make_engine: Any) -> None:

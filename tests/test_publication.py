@@ -125,6 +125,10 @@ class FakeEngine:
         assert self.runs and self.whole
         return [[value + self.gap for value in row] for row in logprobs_of(self.version)]
 
+    async def usage(self) -> tuple[float, float]:
+        await self.step("usage")
+        return 1.0, 4.0
+
 
 @dataclass(eq=False)
 class FakeLearner:
@@ -227,6 +231,7 @@ def test_after_a_publish_every_actor_serves_the_version_and_the_canary_agrees(li
             assert value(metrics, "weights/version") == version
             assert value(metrics, "weights/published_bytes") == 100
             assert value(metrics, "weights/canary_gap") == 0
+            assert value(metrics, "idle/rollout_fraction") == 0.75, "of 4 s each was busy for 1"
         assert world.learner.groups == ([] if link is None else [[0, 1]]), "the group is formed once"
 
     asyncio.run(play())
@@ -253,6 +258,14 @@ def test_a_gap_between_the_limits_warns(link: Link | None) -> None:
     asyncio.run(world.fleet.publish(0))
     assert len(world.warnings) == 1
     assert "warn limit 0.0001" in world.warnings[0]
+
+
+@TRANSPORTS
+def test_an_actor_that_dies_before_it_says_how_busy_it_was_is_left_to_its_rollout_loop(link: Link | None) -> None:
+    world = World([FakeEngine(0, fails_in="usage"), FakeEngine(1)], link)
+    metrics = asyncio.run(world.fleet.publish(0))
+    assert [actor.lost is not None for actor in world.fleet.actors] == [True, False]
+    assert [metric.value for metric in metrics if metric.name == "idle/rollout_fraction"] == [0.75]
 
 
 @TRANSPORTS

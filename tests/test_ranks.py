@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,16 @@ def new_learner(ranks: Ranks, tied: bool, policy: Policy | None = None, **settin
 
 def weights(learner: Learner) -> Arrays:
     """The whole policy, by its own publication; empty on all ranks but the first."""
+    return gathered(learner, learner.policy.named_weights)
+
+
+def gathered(learner: Learner, publish: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Arrays:
+    """What the first rank publishes while the others follow."""
     ranks = learner.policy.ranks
     if not ranks.first:
         learner.policy.follow()
         return {}
-    found = {name: weight.cpu().numpy().copy() for name, weight in learner.policy.named_weights()}
+    found = {name: weight.detach().cpu().numpy().copy() for name, weight in publish()}
     ranks.release()
     return found
 
@@ -115,7 +121,7 @@ def shards(learner: Learner) -> Arrays:
 
 def adam_state(learner: Learner) -> Arrays:
     """All of Adam's state."""
-    named = learner.policy.model.named_parameters()
+    named = [(name, p) for name, p in learner.policy.model.named_parameters() if p.requires_grad]
     states = {f"{name} {key}": value for name, p in named for key, value in learner.optimizer.adam.state[p].items()}
     return {name: whole(value).numpy().copy() for name, value in states.items()}
 
@@ -214,10 +220,10 @@ def four(two: list[Result], folder: Path) -> list[Result]:
     return on_ranks(4, on_four, folder)
 
 
-def assert_close(actual: Arrays, expected: Arrays) -> None:
+def assert_close(actual: Arrays, expected: Arrays, tolerance: float = TOLERANCE) -> None:
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        atol = TOLERANCE * np.abs(expected[name]).max()
+        atol = tolerance * np.abs(expected[name]).max()
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=atol, err_msg=name)
 
 

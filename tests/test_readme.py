@@ -68,6 +68,35 @@ def variance_table() -> str:
     return "\n".join([*lines, ""])
 
 
+def head_table() -> str:
+    """Time and memory of the head, each way, as the README shows it."""
+    ways = {"naive": "all logits at once", "recompute": "chunks, computed again", "formed": "ours"}
+    lines = ["", "| hidden units | way | peak memory | without the gradients | CPU time |", "|---|---|---|---|---|"]
+    for name in ("head", "head_1024"):
+        report = result(name)
+        num_gradients = report["hidden_size"] * (report["vocab_size"] + report["num_tokens"])
+        for way, words in ways.items():
+            found = report["median"][way]
+            peak, rest = found["peak_bytes"], found["peak_bytes"] - 4 * num_gradients
+            lines.append(
+                f"| {report['hidden_size']:,} | {words} | {peak / 1e9:.2f} GB | {rest / 1e9:.2f} GB | {found['cpu_s']:.1f} s |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def staleness_table() -> str:
+    """What staleness costs with and without its correction, as the README shows it."""
+    report = result("staleness")
+    words = {"on_policy": "on-policy", "corrected": "staleness 4, corrected", "uncorrected": "staleness 4, uncorrected"}
+    lines = ["", "| run | KL per token, five seeds | share of the KL gone | of on-policy's |", "|---|---|---|---|"]
+    for arm, name in words.items():
+        rows = [row for row in report["rows"] if row["arm"] == arm]
+        after = ", ".join(f"{row['after']:.3f}" for row in rows)
+        closed, relative = report["closed_mean"][arm], report["relative_to_on_policy"][arm]
+        lines.append(f"| {name} | {rows[0]['before']:.2f} → {after} | {closed:.2%} | {relative:.2%} |")
+    return "\n".join([*lines, ""])
+
+
 def test_the_table_of_the_bundles_is_the_committed_one() -> None:
     if not (RESULTS / "algorithms.json").is_file():
         pytest.skip("make bench-algorithms has not been run to its end")
@@ -76,6 +105,32 @@ def test_the_table_of_the_bundles_is_the_committed_one() -> None:
 
 def test_the_table_of_the_variance_is_the_committed_one() -> None:
     assert section("variance") == variance_table()
+
+
+def test_the_table_of_the_head_is_the_committed_one_and_meets_the_goals() -> None:
+    assert section("head") == head_table()
+    small, large = result("head"), result("head_1024")
+    assert small["peak_of_naive_over_formed"] >= 6 and small["cpu_of_recompute_over_formed"] >= 2
+    assert large["cpu_of_recompute_over_formed"] > 1.5
+    for report in (small, large):
+        assert max(found["gradient_error"] for found in report["median"].values()) < 1e-5
+
+
+def test_the_table_of_staleness_is_the_committed_one_and_meets_the_goals() -> None:
+    assert section("staleness") == staleness_table()
+    report = result("staleness")
+    assert {row["seed"] for row in report["rows"]} == {1, 2, 3, 4, 5}
+    assert report["relative_to_on_policy"]["corrected"] >= 0.99 > report["relative_to_on_policy"]["uncorrected"]
+    assert report["after_mean"]["uncorrected"] > 1.5 * report["after_mean"]["corrected"]
+
+
+def test_the_console_of_the_jobs_is_the_committed_one() -> None:
+    captured = (RESULTS / "jobs_console.txt").read_text(encoding="utf-8")
+    assert section("jobs") == f"\n```\n{captured}```\n"
+    commands = re.findall(r"^\$ align (jobs \w+|\w+)", captured, re.M)
+    assert commands == ["submit", "submit", "jobs stop", "jobs logs", "submit", "jobs list"]
+    assert re.findall(r"^# exit code (\d+)", captured, re.M) == ["3", "0", "0", "130", "0", "0"]
+    assert "resuming     after step" in captured
 
 
 def test_the_glossary_is_that_of_the_code() -> None:

@@ -23,7 +23,7 @@ from cluster.faults import RestartBudgetSpent, WrongWeights
 from cluster.learning import LearnerActor
 from cluster.loop import run_loop
 from cluster.reference import MovingReference, SavedReference
-from cluster.scorer import ScorerActor, ScorerConfig
+from cluster.scorer import ScorerActor, ScorerConfig, Verdict
 from tests.conftest import random_qwen3
 from tests.test_handles import DEAD, ROLLOUT, FakeActor, Scorers, failed_task, fails, gives, pool
 from tests.test_handles import complete as complete_handles
@@ -160,9 +160,9 @@ def test_a_replacement_has_the_newest_reference_before_it_serves(lost_at: str, k
         events.append(folder)
         return "abc"
 
-    async def score(payload: Any) -> tuple[str, tuple[float, ...]]:
+    async def score(payload: Any) -> tuple[str, Verdict]:
         events.append("score")
-        return "scores", (1.0,)
+        return "scores", Verdict((1.0,))
 
     class Replacements(Scorers):
         def create(self, rank: int) -> FakeActor:
@@ -247,11 +247,12 @@ def test_a_scorer_that_took_the_policy_scores_as_one_that_was_built_from_it(
     before, _ = scorer.score(group())
     assert scorer.load_reference(folder) == fingerprint
     built = scorer_of(folder, compute_dtype)
-    (after, outcomes), (expected, expected_outcomes) = scorer.score(group()), built.score(group())
+    (after, verdict), (expected, expected_verdict) = scorer.score(group()), built.score(group())
     for one, other, old in zip(after, expected, before, strict=True):
         assert np.array_equal(one.rewards, other.rewards)
         assert not np.allclose(one.rewards, old.rewards, atol=1e-3)
-    assert outcomes == expected_outcomes == tuple(pytest.approx(float(one.rewards.sum()), rel=1e-6) for one in after)
+    sums = tuple(pytest.approx(float(one.rewards.sum()), rel=1e-6) for one in after)
+    assert verdict.outcomes == expected_verdict.outcomes == sums
     assert scorer.load_reference(folder) == fingerprint, "and once more"
     own, first = scorer.log_distributions(group())[0], untouched.log_distributions(group())[0]
     assert all(np.array_equal(a, b) for a, b in zip(own, first, strict=True)), "evaluations stay with the first one"

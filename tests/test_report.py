@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.metrics import Definition
+from align.metrics import GLOSSARY, Definition
 from cluster.curves import COLORS
 from cluster.report import duration, memory, number, percent, read_run, verdict, write_report
 
@@ -75,6 +75,18 @@ def test_the_verdict_gives_the_numbers_before_and_after_and_the_factor_between_t
     assert verdict(FINISHED) == (
         "KL per token to the reference 1.51 → 0.004 (378 times smaller); grammatical 6% → 94% (reference 96%)."
     )
+
+
+def test_the_page_says_where_tokens_and_time_went_and_leaves_out_what_was_nothing(tmp_path: Path) -> None:
+    shares = {"trained": 0.875, "filtered": 0.125, "left": 0.0}
+    time = {"rollout_wait": 0.25, "update": 0.75, "idle_learner": 0.25, "idle_scorer": 0.9}
+    page = Page(write_report(write_run(tmp_path, {**FINISHED, "goodput": shares, "time": time}), GLOSSARY))
+    assert re.search(r"Sampled tokens trained 88% Sampled tokens so far that carried loss .* filtered 12%", page.text)
+    assert re.search(r"Time of the steps rollout wait 25% Time the learner waited for groups\. update 75%", page.text)
+    assert re.search(r"Idle learner 25% .* scorer 90% Share of the scorers' time", page.text)
+    assert "left" not in page.text.split("Where tokens and time went")[1].split("Curves")[0]
+    for damaged in ({}, {"goodput": 3, "time": {"update": "much"}}):
+        assert "Where tokens" not in Page(write_report(write_run(tmp_path, {**FINISHED, **damaged}), GLOSSARY)).text
 
 
 def test_a_run_without_a_reference_is_summed_up_by_its_right_answers(tmp_path: Path) -> None:

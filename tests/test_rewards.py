@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import contextlib
+import math
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from align.rewards import Reward
 from align.rewards.exact_match import ExactMatch, ExactMatchConfig
 from align.rewards.extraction import Extraction
 from align.rewards.gym import GymRewardConfig, GymVerifier
@@ -25,7 +31,7 @@ from align.rewards.kinds import (
     reads_reference,
     verifier_of,
 )
-from align.rewards.outcome import RewardFailed, VerifierReward, at_the_end
+from align.rewards.outcome import VerifierReward, at_the_end
 from align.rewards.overlong import OverlongConfig, OverlongReward, overlong_penalty
 from align.rewards.reference import ReferenceRewardConfig
 from align.types import Group, Prompt, TokenRewards
@@ -181,17 +187,73 @@ def test_tokens_after_the_last_sampled_one_and_trajectories_without_any_are_not_
     assert at_the_end(make_trajectory([1, 2], []), 1.0).rewards.tolist() == [0, 0]
 
 
-class BrokenVerifier:
+@dataclass
+class ScriptedVerifier:
+    """Does to each completion what the script says: a function that returns, raises or hangs."""
+
+    script: dict[str, Callable[[], Any]]
+
     def check(self, prompt: Prompt) -> None:
         pass
 
     def __call__(self, prompt: Prompt, completion: str) -> float:
-        raise ZeroDivisionError("by zero")
+        value: float = self.script[completion]()
+        return value
 
 
-def test_a_verifier_that_raises_is_named_with_prompt_and_completion() -> None:
-    with pytest.raises(RewardFailed, match=r"'p7': BrokenVerifier raised ZeroDivisionError: by zero.* was 'abc'"):
-        VerifierReward(BrokenVerifier(), decode)(group_of(prompt(), "abc"))
+def hang() -> None:
+    while True:
+        with contextlib.suppress(Exception):  # as code does that knows no deadline
+            time.sleep(5)
+
+
+def backtrack() -> None:
+    re.match(r"(a|a)*$", "a" * 40 + "b")
+
+
+def score(*script: Callable[[], Any], deadline_s: float = 5) -> tuple[TokenRewards, ...]:
+    names = [chr(ord("a") + index) * 3 for index in range(len(script))]
+    verifier = ScriptedVerifier(dict(zip(names, script, strict=True)))
+    return VerifierReward(verifier, decode, deadline_s)(group_of(prompt(), *names))
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda: math.nan, "returned nan, expected a finite number"),
+        (lambda: -math.inf, "returned -inf, expected a finite number"),
+        (lambda: 1e300, "returned 1e\\+300, expected a finite number"),
+        (lambda: "0.5", "returned '0.5', expected a number"),
+        (lambda: None, "TypeError: float"),
+        (hang, r"in hang\n(.*\n)*.*TimeoutError: no answer within 0.05 s"),
+        (backtrack, r"in backtrack\n(.*\n)*.*TimeoutError: no answer within 0.05 s"),
+    ],
+)
+def test_a_verifier_that_fails_on_a_trajectory_leaves_its_traceback_and_judges_the_others(
+    act: Callable[[], Any], said: str
+) -> None:
+    first, failed, last = score(lambda: 0.25, act, lambda: np.float64(0.75), deadline_s=0.05)
+    assert [first.failure, last.failure] == [None, None]
+    assert (first.rewards.sum(), failed.rewards.sum(), last.rewards.sum()) == (0.25, 0, 0.75)
+    assert failed.failure is not None
+    assert re.search(said, failed.failure), failed.failure
+
+
+def test_a_deadline_that_was_kept_leaves_no_alarm_behind() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    score(lambda: 1.0)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_composite_fails_where_one_of_its_parts_does() -> None:
+    good, bad = (ScriptedVerifier({"abc": act}) for act in (lambda: 1.0, lambda: 1 / 0))
+    parts: list[tuple[float, Reward]] = [(1.0, VerifierReward(good, decode)), (2.0, VerifierReward(bad, decode))]
+    (whole,) = CompositeReward(parts)(group_of(prompt(), "abc"))
+    assert "ZeroDivisionError" in str(whole.failure)
+    (kept,) = CompositeReward(parts[:1])(group_of(prompt(), "abc"))
+    assert kept.failure is None
 
 
 # --- the overlong penalty -----------------------------------------------------------------------------------------

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from align.model_folder import load_tokenizer
 from align.rewards.exact_match import ExactMatchConfig
 from align.rewards.kinds import RewardConfig
 from align.rewards.reference import ReferenceRewardConfig
 from align.types import Group, Prompt, Ticket
-from cluster.faults import RewardError
 from cluster.scorer import ScorerActor, ScorerConfig
 from tests.trajectories import make_trajectory
 
@@ -57,9 +55,24 @@ def test_an_outcome_without_a_kl_term_does_not_ask_a_reference_that_is_there(mod
     assert actor.sample([group(model_folder, "cat").ticket.prompt], max_tokens=3, seed=0), "evaluations may"
 
 
-def test_a_reward_that_raises_ends_the_run_with_the_prompt_named(model_folder: Path) -> None:
+def test_trajectories_whose_reward_raises_are_told_to_the_controller_with_all_that_it_takes_to_see_why(
+    model_folder: Path,
+) -> None:
     actor = scorer(model_folder, ExactMatchConfig(), reference=False)
-    with pytest.raises(
-        RewardError, match=r"\[REWARD\] prompt 'p7': ExactMatch raised ValueError: 'five' is not a number"
-    ):
-        actor.score(group(model_folder, "cat", answer="five"))
+    broken = group(model_folder, "cat", "dog", answer="five")
+    scores, verdict = actor.score(broken)
+    assert verdict.outcomes == ()
+    assert [failure.completion for failure in verdict.failures] == ["cat", "dog"]
+    failure = verdict.failures[0]
+    assert "ValueError: 'five' is not a number" in failure.traceback
+    assert failure.traceback == scores[0].failure
+    assert (failure.ticket, failure.seed, failure.prompt_id, failure.prompt) == (0, 0, "p7", "the ")
+    assert failure.num_tokens == broken.trajectories[0].num_completion_tokens
+    assert 0 < verdict.ended_s - verdict.began_s < 60
+
+
+def test_what_a_reference_says_beside_a_failure_leaves_it_a_failure(model_folder: Path) -> None:
+    actor = scorer(model_folder, ExactMatchConfig(), with_ref_logprobs=True)
+    (score,), _ = actor.score(group(model_folder, "5", answer="five"))
+    assert score.failure is not None
+    assert score.ref_logprobs is not None

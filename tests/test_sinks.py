@@ -5,14 +5,9 @@ from __future__ import annotations
 import http.server
 import io
 import json
-import os
 import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +16,11 @@ import pytest
 from rich.console import Console as RichConsole
 
 from align.metrics import GLOSSARY
+from cluster.alerts import Alert
+from cluster.charts import AXES, axis_of
 from cluster.sinks import Console, JsonLines, Sinks, WandbConfig
 from cluster.summary import read_rows
+from tests.wandb_files import API_KEY, run_python, wandb_records, wandb_rows
 
 STEP = {
     "reward/token_mean": -1.25,
@@ -36,7 +34,6 @@ STEP = {
     "time/publish_s": 0.75,
     "time/step_s": 2.5,
 }
-API_KEY = "0123456789abcdef" * 2 + "01234567"  # the form of a key, and nobody's
 
 
 # --- JSONL --------------------------------------------------------------------------------------------------------
@@ -238,6 +235,22 @@ def test_a_sink_that_fails_is_left_out_and_named_once_while_the_others_go_on() -
     assert warnings == ["FailingSink failed and is left out from now on: No space left on device"]
 
 
+def test_an_alert_reaches_the_sinks_that_take_alerts_the_disk_and_the_console(tmp_path: Path) -> None:
+    screen, file = console()
+    disk = JsonLines(tmp_path / "metrics.jsonl")
+    sinks = Sinks([screen, disk, ListSink()], pytest.fail, time.monotonic())
+    sinks.alert(Alert("stall", "warn", 3, "stalled", "no step for 600 s"))
+    sinks.alert(Alert("failure", "error", 3, "failed: RUN", "[RUN] gone"))
+    sinks.close()
+    assert file.getvalue() == "warning: stalled: no step for 600 s\n", "the error is the last line of the run anyway"
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(row["event"], row["cause"], row["level"], row["step"], row["title"], row["text"]) for row in rows] == [
+        ("alert", "stall", "warn", 3, "stalled", "no step for 600 s"),
+        ("alert", "failure", "error", 3, "failed: RUN", "[RUN] gone"),
+    ]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_a_sink_that_does_not_close_is_named_and_the_others_are_closed() -> None:
     class FailingClose(ListSink):
         def close(self) -> None:
@@ -267,64 +280,15 @@ def test_a_sink_that_cannot_start_is_named_and_the_others_go_on() -> None:
 # --- W&B, in processes of its own since wandb keeps global state ----------------------------------------------------
 
 
-def run_python(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script in a home without keys."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
-    home = folder / "home"
-    home.mkdir(exist_ok=True)
-    clean |= {"HOME": str(home), "NETRC": str(home / "netrc"), "WANDB_ERROR_REPORTING": "false", **environment}
-    root = Path(__file__).parent.parent
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=folder,
-        env=clean | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log (blocks of 32 KiB, records in fragments)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    block_size, header = (
-        32768,
-        struct.Struct("<IHB"),
-    )  # checksum, length, and whether it is whole, first, middle or last
-    content = path.read_bytes()
-    assert content[:7] == b":W&B\xe1\xbe\x00"
-    position, fragments = 7, b""
-    while position + header.size <= len(content):
-        left_in_block = block_size - position % block_size
-        if left_in_block < header.size:
-            position += left_in_block
-            continue
-        checksum, length, kind = header.unpack_from(content, position)
-        if kind == 0:
-            position += left_in_block  # padding
-            continue
-        position += header.size
-        data = content[position : position + length]
-        assert zlib.crc32(bytes([kind]) + data) == checksum
-        position += length
-        fragments += data
-        if kind in (1, 4):  # whole, or last
-            record = Record()
-            record.ParseFromString(fragments)
-            fragments = b""
-            yield record
-
-
 WRITE_A_RUN = f"""
 import json, sys
 from pathlib import Path
 from cluster.sinks import WandbConfig, WandbSink
-cfg = WandbConfig(mode="offline", project="tests", entity="team", tags=("a", "b"))
+cfg = WandbConfig(mode="offline", project="tests", entity="team", tags=("a", "b"), group="seeds", notes="why")
 sink = WandbSink(cfg, Path("run").absolute(), "my-run", {{"run": {{"seed": 3, "name": "demo"}}, "lr": 0.5}}, online=False)
 sink.log(0, 0.5, {{"eval/heldout/kl_per_token": 1.5}})
 for step in range(1, 201):
-    sink.log(step, step + 0.5, {{name: step / 7 for name in {list(STEP)!r}}})
+    sink.log(step, step + 0.5, {{"tokens/trained": 10, **{{name: step / 7 for name in {list(STEP)!r}}}}})
 sink.close()
 print(json.dumps({{"directory": str(sink.directory), "uploaded": sink.uploaded}}))
 """
@@ -339,35 +303,41 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)  # and nothing else is printed
     (record,) = Path(answer["directory"]).glob("*.wandb")
-    return answer | {"folder": folder, "records": list(wandb_records(record))}
+    return answer | {"folder": folder, "record": record, "records": list(wandb_records(record))}
 
 
 def test_an_offline_run_holds_every_value_that_was_logged(offline_run: dict[str, Any]) -> None:
-    histories = [r.history for r in offline_run["records"] if r.WhichOneof("record_type") == "history"]
-    rows = [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item}
-        for history in histories
+    rows = wandb_rows(offline_run["record"])
+    assert rows[0] == {"step": 0, "wall_s": 0.5, "trained_tokens": 0, "eval/heldout/kl_per_token": 1.5}
+    expected = [
+        {"step": k, "wall_s": k + 0.5, "trained_tokens": 10 * k, "tokens/trained": 10, **dict.fromkeys(STEP, k / 7)}
+        for k in range(1, 201)
     ]
-    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
-    assert rows[0] == {"step": 0, "wall_s": 0.5, "eval/heldout/kl_per_token": 1.5}
-    expected = [{"step": k, "wall_s": k + 0.5, **dict.fromkeys(STEP, k / 7)} for k in range(1, 201)]
     assert rows[1:] == expected
+    histories = [r.history for r in offline_run["records"] if r.WhichOneof("record_type") == "history"]
     assert [history.step.num for history in histories] == list(range(201))
 
 
-def test_an_offline_run_holds_config_name_project_and_tags(offline_run: dict[str, Any]) -> None:
+def test_an_offline_run_holds_config_name_project_tags_group_and_notes(offline_run: dict[str, Any]) -> None:
     (run,) = [r.run for r in offline_run["records"] if r.WhichOneof("record_type") == "run"]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["run"] == {"seed": 3, "name": "demo"}
     assert config["lr"] == 0.5
     assert (run.display_name, run.project, run.entity, list(run.tags)) == ("my-run", "tests", "team", ["a", "b"])
+    assert (run.run_group, run.notes) == ("seeds", "why")
 
 
-def test_every_metric_of_the_glossary_is_drawn_over_the_step(offline_run: dict[str, Any]) -> None:
+def test_every_metric_of_the_glossary_has_its_axis_and_its_summary(offline_run: dict[str, Any]) -> None:
     metrics = {r.metric.name: r.metric for r in offline_run["records"] if r.WhichOneof("record_type") == "metric"}
-    assert set(GLOSSARY) <= set(metrics)
-    assert {metrics[name].step_metric for name in GLOSSARY} == {"step"}
-    assert metrics["step"].options.hidden and metrics["wall_s"].options.hidden
+    assert set(metrics) == {*GLOSSARY, *AXES}
+    assert {name: metrics[name].step_metric for name in GLOSSARY} == {name: axis_of(name) for name in GLOSSARY}
+    kept = {
+        name: [kind for kind in ("min", "max", "last") if getattr(metrics[name].summary, kind)] for name in GLOSSARY
+    }
+    assert kept["eval/heldout/kl_per_token"] == ["min", "last"]
+    assert kept["eval/heldout/accuracy"] == kept["mismatch/abs_max"] == ["max", "last"]
+    assert kept["optimizer/lr"] == ["last"]
+    assert all(metrics[axis].options.hidden for axis in AXES)
 
 
 def test_the_record_lies_in_the_run_folder_and_holds_no_key(offline_run: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for package in ("align", "cluster") for path in (ROOT / package).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
-MAY_IMPORT_RAY = {"placement", "handles", "submit", "doctor", "plan", "faults", "engine", "prometheus"}
+MAY_IMPORT_RAY = {"placement", "handles", "reservation", "submit", "doctor", "plan", "faults", "engine", "prometheus"}
 MAY_IMPORT_VLLM = {"engine"}
 MAY_IMPORT_WANDB = {"sinks"}
 # A rollout actor tells a dead engine from a bug by the exception's type; the import is inside that function.

@@ -56,6 +56,8 @@ KEYS = {
     "trained_tokens",
     "steps",
     "evaluations",
+    "goodput",
+    "time",
 }
 
 
@@ -81,6 +83,8 @@ def test_figures_come_from_the_rows() -> None:
         "generated_tokens": 150,
         "trained_tokens": 140,
         "steps": 3,
+        "goodput": None,
+        "time": None,
         "evaluations": [
             {
                 "step": 0,
@@ -110,6 +114,26 @@ def test_a_run_that_did_nothing_has_every_key(rows: list[dict[str, Any]]) -> Non
         "trained_tokens": 0,
         "steps": 0,
         "evaluations": [],
+    }
+
+
+def test_the_goodput_is_that_of_the_last_step_and_times_are_weighed_over_all_steps() -> None:
+    def step(number: int, seconds: float, idle: float, trained: int) -> dict[str, Any]:
+        phases = {"rollout_wait": idle * seconds, "update": 1.0, "publish": 0.5, "other": seconds * (1 - idle) - 1.5}
+        times = {f"time/{name}_s": value for name, value in phases.items()} | {"time/step_s": seconds}
+        tokens = {"goodput/sampled_tokens": 80 * number, "goodput/trained_tokens": trained}
+        return {"step": number, "idle/learner_fraction": idle, **times, **tokens, "goodput/waiting_tokens": 20}
+
+    summary = summarize_run([{"step": 0}, step(1, 4.0, 0.5, 60), step(2, 6.0, 0.25, 140), {"step": 2}], {})
+    assert {fate: share for fate, share in summary["goodput"].items() if share} == {"trained": 0.875, "left": 0.125}
+    assert summary["time"] == {
+        "rollout_wait": pytest.approx(3.5 / 10),
+        "update": 0.2,
+        "publish": 0.1,
+        "other": pytest.approx(3.5 / 10),
+        "idle_learner": pytest.approx(3.5 / 10),
+        "idle_rollout": 0.0,
+        "idle_scorer": 0.0,
     }
 
 

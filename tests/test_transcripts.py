@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
+from align.learner import UpdateStats
 from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
 from cluster import transcripts
 
@@ -56,14 +60,25 @@ def test_a_row_says_everything_about_its_trajectory(tmp_path: Path) -> None:
         "finish_reason": "length",
         "seed": 11,
         "reward": 9.0,
+        "reward_parts": None,
         "token_ids": [1, 2, 3],
         "behavior_logprobs": [-0.5, -1.0, -1.5],
         "ref_logprobs": [-2.0, -3.0, -4.0],
         "rewards": [2.0, 3.0, 4.0],
+        "step_ends": None,
+        "advantages": None,
+        "policy_logprobs": None,
         "versions": [4, 5, 5],
     }
     assert (short["repeat"], short["seed"], short["finish_reason"]) == (1, 12, "stop")
     assert (short["completion"], short["token_ids"], short["versions"]) == ("h", [7, 0], [5, 5])
+
+
+def test_the_parts_of_a_composite_reward_are_kept_beside_their_sum(tmp_path: Path) -> None:
+    group = scored_group()
+    scores = tuple(replace(score, parts={"exact_match": 1.0, "overlong": -0.5}) for score in group.scores)
+    rows = written(tmp_path / "step.parquet", replace(group, scores=scores))
+    assert [row["reward_parts"] for row in rows] == [{"exact_match": 1.0, "overlong": -0.5}] * 2
 
 
 def test_without_a_reference_its_column_is_empty(tmp_path: Path) -> None:
@@ -91,3 +106,55 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         transcripts.write(tmp_path / "step.parquet", [scored_group()], FakeTokenizer(), step=6)
     assert not (tmp_path / "step.parquet").exists()
+
+
+def test_in_brief_a_trajectory_says_what_a_list_needs(tmp_path: Path) -> None:
+    written(tmp_path / "trajectories" / "step_00006.parquet", scored_group(), scored_group(with_reference=False))
+    long, short, unreferenced, _ = transcripts.Trajectories(tmp_path).briefs(6)
+    assert (long.step, long.ticket, long.repeat, long.prompt_id, long.prompt, long.excerpt) == (
+        6,
+        42,
+        0,
+        "p-1",
+        "ij",
+        "bcd",
+    )
+    assert (long.finish_reason, long.reward, long.num_tokens) == ("length", 9.0, 3)
+    assert (long.staleness, short.staleness) == (1, 0), (
+        "step 6 makes version 6 of version 5; the oldest tokens are of 4 and 5"
+    )
+    assert long.ref_gap == pytest.approx((-0.5 - 1.0 - 1.5 + 2 + 3 + 4) / 3)
+    assert short.ref_gap == pytest.approx((-0.5 - 1.0 + 2 + 3) / 2)
+    assert unreferenced.ref_gap is None
+    assert long.log_ratio is None, "the update has not ended"
+
+
+def test_after_the_update_each_token_has_its_advantage_and_the_log_ratio(tmp_path: Path) -> None:
+    group = scored_group()
+    advantages = torch.arange(10.0).reshape(2, 5)
+    policy = torch.tensor([[0, 0, -0.5, -1.25, math.nan], [0, 0, -0.5, -3.0, 0]])
+    path = tmp_path / "trajectories" / "step_00006.parquet"
+    transcripts.write(path, [group], FakeTokenizer(), 6, UpdateStats([], 4, False, advantages, policy))
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert [row["advantages"] for row in rows] == [[2, 3, 4], [7, 8]]
+    assert rows[1]["policy_logprobs"] == [-0.5, -3.0]
+    assert rows[0]["policy_logprobs"] == [-0.5, -1.25, pytest.approx(math.nan, nan_ok=True)], "it carried no loss"
+    assert [brief.log_ratio for brief in transcripts.Trajectories(tmp_path).briefs(6)] == [0.25, 2.0]
+
+
+def test_where_no_trajectory_was_judged_by_a_reference_none_is_far_from_it(tmp_path: Path) -> None:
+    written(tmp_path / "trajectories" / "step_00001.parquet", scored_group(with_reference=False))
+    assert [brief.ref_gap for brief in transcripts.Trajectories(tmp_path).briefs(1)] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["step_00001.tmp", "step_00001_not_finite.safetensors", "step_x.parquet"])
+def test_other_files_beside_the_steps_are_no_steps(tmp_path: Path, name: str) -> None:
+    written(tmp_path / "trajectories" / "step_00002.parquet", scored_group())
+    (tmp_path / "trajectories" / name).write_bytes(b"")
+    assert list(transcripts.Trajectories(tmp_path).files) == [2]
+
+
+def test_an_excerpt_is_one_line_that_keeps_the_end() -> None:
+    assert transcripts.excerpt("a\n  b\tc") == "a b c"
+    assert transcripts.excerpt("question and answer", 7) == "…answer"
+    assert transcripts.returns([1.0, -2.0, 4.0]) == [3.0, 2.0, 4.0]

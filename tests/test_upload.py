@@ -87,7 +87,24 @@ def test_what_a_job_could_not_find_is_refused(home: Path, tmp_path: Path, sectio
         staged(cfg, tmp_path / "job")
 
 
-def test_a_large_model_is_not_sent_over_the_wire(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload, "MAX_MODEL_BYTES", 3)
-    with pytest.raises(ConfigError, match="are sent along with a job"):
+@pytest.mark.parametrize("large", ["models/policy/model.safetensors", "prompts.jsonl"])
+def test_what_is_large_is_not_sent_over_the_wire(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str
+) -> None:
+    monkeypatch.setattr(upload, "MAX_BYTES", 3 << 20)
+    (home / large).write_bytes(bytes(4 << 20))
+    name = large.removesuffix("/model.safetensors")
+    with pytest.raises(ConfigError, match=rf"4 MiB would be sent along with the job, 4 MiB of them the .*{name}"):
         staged(config(run={"dir": "/shared/run"}), tmp_path / "job")
+    assert not list((tmp_path / "job").iterdir()), "nothing was copied"
+
+
+def test_what_lies_around_beside_a_model_is_left_out(home: Path, tmp_path: Path) -> None:
+    """A cloned folder has .git; a .gitignore would make Ray leave the weights out."""
+    folder = home / "models" / "policy"
+    (folder / ".git").mkdir()
+    (folder / ".git" / "pack").write_bytes(b"history")
+    (folder / ".gitignore").write_text("*.safetensors")
+    (folder / ".env").write_text("WANDB_API_KEY=secret")
+    found = staged(config(run={"dir": "/shared/run"}), tmp_path / "job")
+    assert {path for path in found if path.startswith("models/policy")} == {"models/policy/model.safetensors"}

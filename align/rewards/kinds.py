@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from align.rewards import Reward
 from align.rewards.exact_match import ExactMatch, ExactMatchConfig
 from align.rewards.gym import GymRewardConfig, GymVerifier
-from align.rewards.outcome import Decode, Verifier, VerifierReward
+from align.rewards.outcome import DEADLINE_S, Decode, Verifier, VerifierReward
 from align.rewards.overlong import OverlongConfig, OverlongReward
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.types import Group, TokenRewards
@@ -60,22 +60,32 @@ class CompositeReward:
 
     Args:
         parts: Weights and rewards.
+        names: Of the parts, for what is recorded of them; left out: nothing is.
     """
 
-    def __init__(self, parts: list[tuple[float, Reward]]) -> None:
+    def __init__(self, parts: list[tuple[float, Reward]], names: Sequence[str] = ()) -> None:
         self.parts = parts
+        self.names = names
 
     def __call__(self, group: Group) -> tuple[TokenRewards, ...]:
         """See `Reward`."""
         weights = [weight for weight, _ in self.parts]
         columns = zip(*(reward(group) for _, reward in self.parts), strict=True)
-        return tuple(_weighted_sum(weights, scores) for scores in columns)
+        return tuple(_weighted_sum(weights, scores, self.names) for scores in columns)
 
 
-def _weighted_sum(weights: list[float], scores: tuple[TokenRewards, ...]) -> TokenRewards:
-    rewards = sum(np.float32(weight) * score.rewards for weight, score in zip(weights, scores, strict=True))
+def _weighted_sum(weights: list[float], scores: tuple[TokenRewards, ...], names: Sequence[str]) -> TokenRewards:
+    weighted = [np.float32(weight) * score.rewards for weight, score in zip(weights, scores, strict=True)]
     refs = [score.ref_logprobs for score in scores if score.ref_logprobs is not None]
-    return TokenRewards(np.asarray(rewards), refs[0] if refs else None)
+    parts = {name: float(rewards.sum()) for name, rewards in zip(names, weighted, strict=False)}
+    failure = next((score.failure for score in scores if score.failure is not None), None)
+    return TokenRewards(np.asarray(sum(weighted)), refs[0] if refs else None, parts=parts, failure=failure)
+
+
+def _names(kinds: Sequence[str]) -> list[str]:
+    """The kinds; of several parts of one kind the later ones numbered."""
+    seen = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
+    return [f"{kind}_{before + 1}" if before else kind for kind, before in zip(kinds, seen, strict=True)]
 
 
 class WithReference:
@@ -97,7 +107,10 @@ class WithReference:
 
 
 def make_reward(
-    cfg: RewardConfig, decode: Decode, reference: Callable[[ReferenceRewardConfig], ReferenceReward]
+    cfg: RewardConfig,
+    decode: Decode,
+    reference: Callable[[ReferenceRewardConfig], ReferenceReward],
+    deadline_s: float = DEADLINE_S,
 ) -> Reward:
     """The reward that a `[reward]` section describes.
 
@@ -105,6 +118,7 @@ def make_reward(
         cfg: The section.
         decode: Sampled tokens to text.
         reference: Makes the reward of the reference model; called only where `reads_reference` is true.
+        deadline_s: Time for a verifier to judge one trajectory.
     """
     match cfg:
         case ReferenceRewardConfig():
@@ -112,10 +126,10 @@ def make_reward(
         case OverlongConfig():
             return OverlongReward(cfg)
         case CompositeConfig():
-            parts = [(part.weight, make_reward(part.reward, decode, reference)) for part in cfg.parts]
-            return CompositeReward(parts)
+            parts = [(part.weight, make_reward(part.reward, decode, reference, deadline_s)) for part in cfg.parts]
+            return CompositeReward(parts, _names([part.reward.kind for part in cfg.parts]))
         case ExactMatchConfig() | GymRewardConfig():
-            return VerifierReward(_make_verifier(cfg), decode)
+            return VerifierReward(_make_verifier(cfg), decode, deadline_s)
 
 
 def _make_verifier(cfg: ExactMatchConfig | GymRewardConfig) -> Verifier:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 
+from align.rewards.deadline import deadline
 from align.types import Group, Prompt, TokenRewards, Trajectory
 
 Decode = Callable[[Sequence[int]], str]
+DEADLINE_S = 10.0
 
 
 class Verifier(Protocol):
@@ -24,8 +29,19 @@ class Verifier(Protocol):
         ...
 
 
-class RewardFailed(ValueError):
-    """A reward raised; the message names the prompt."""
+def verify(verifier: Verifier, prompt: Prompt, completion: str, deadline_s: float) -> tuple[float, str | None]:
+    """The verdict of a verifier, and None; or 0 and the traceback, if it raised, took too long or gave no finite number."""
+    try:  # code of others judges text that nobody has seen before
+        with deadline(deadline_s):
+            verdict: Any = verifier(prompt, completion)
+        if isinstance(verdict, str | bytes):
+            raise TypeError(f"{type(verifier).__name__} returned {verdict!r}, expected a number")
+        value = float(verdict)
+        if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
+            raise ValueError(f"{type(verifier).__name__} returned {value!r}, expected a finite number")
+    except Exception:
+        return 0.0, traceback.format_exc()
+    return value, None
 
 
 class VerifierReward:
@@ -34,30 +50,22 @@ class VerifierReward:
     Args:
         verifier: Judges the decoded completion.
         decode: Sampled tokens to text.
+        deadline_s: Time for one trajectory.
     """
 
-    def __init__(self, verifier: Verifier, decode: Decode) -> None:
+    def __init__(self, verifier: Verifier, decode: Decode, deadline_s: float = DEADLINE_S) -> None:
         self.verifier = verifier
         self.decode = decode
+        self.deadline_s = deadline_s
 
     def __call__(self, group: Group) -> tuple[TokenRewards, ...]:
-        """See `Reward`.
+        """See `Reward`. A trajectory that the verifier failed on gets the traceback in place of a reward."""
+        return tuple(self._judge(group.ticket.prompt, trajectory) for trajectory in group.trajectories)
 
-        Raises:
-            RewardFailed: If the verifier raised, whatever it raised.
-        """
-        prompt = group.ticket.prompt
-        return tuple(at_the_end(t, self._outcome(prompt, t)) for t in group.trajectories)
-
-    def _outcome(self, prompt: Prompt, trajectory: Trajectory) -> float:
+    def _judge(self, prompt: Prompt, trajectory: Trajectory) -> TokenRewards:
         completion = self.decode(trajectory.token_ids[trajectory.loss_mask].tolist())
-        try:
-            return float(self.verifier(prompt, completion))
-        except Exception as error:  # code of others judges text that nobody has seen before
-            raise RewardFailed(
-                f"prompt {prompt.id!r}: {type(self.verifier).__name__} raised {type(error).__name__}: {error}; the "
-                f"completion was {completion[:200]!r}"
-            ) from error
+        outcome, failure = verify(self.verifier, prompt, completion, self.deadline_s)
+        return replace(at_the_end(trajectory, outcome), failure=failure)
 
 
 def at_the_end(trajectory: Trajectory, outcome: float) -> TokenRewards:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,25 +20,34 @@ from cluster.config import RunConfig
 from cluster.doctor.storage import run_folder
 from cluster.doctor.verdict import Verdict
 from cluster.doctor.versions import TESTED
-from cluster.handles import Handle
+from cluster.faults import ConfigError
+from cluster.handles import Handle, RolloutHandle
 from cluster.loop import Rollout
 from cluster.placement import new_learner, new_rollout, new_scorer
 from cluster.publication import canary_gap
+from cluster.reservation import reserve
+from cluster.scoring import ScorerHandle
 
 _NUM_PROMPTS = 4
 _MAX_TOKENS = 32
 _END_S = 10.0
 
 
-def agreement(cfg: RunConfig, prompts: Sequence[Prompt]) -> Iterator[Verdict]:
+def agreement(cfg: RunConfig, prompts: Sequence[Prompt], say: Callable[[str], None]) -> Iterator[Verdict]:
     """Sample a few answers with an engine, judge them with a scorer, compute their log-probabilities with the learner.
 
     Sampling is at temperature 1 from the whole distribution, where both sides mean the same by a log-probability.
 
+    Args:
+        cfg: The run.
+        prompts: Those to train on.
+        say: Told while a busy cluster has no room.
+
     Raises:
         ActorLost: If one of the three does not start or answer within its deadline of the run file.
+        ResourceError: If the cluster has no room for the run.
     """
-    yield from asyncio.run(_trial(_plainly_sampled(cfg), prompts))
+    yield from asyncio.run(_trial(_plainly_sampled(cfg), prompts, say))
 
 
 def _plainly_sampled(cfg: RunConfig) -> RunConfig:
@@ -46,20 +55,20 @@ def _plainly_sampled(cfg: RunConfig) -> RunConfig:
     return cfg.model_copy(update={"sampling": cfg.sampling.model_copy(update=plain)})
 
 
-async def _trial(cfg: RunConfig, prompts: Sequence[Prompt]) -> list[Verdict]:
-    rollouts = await _sampled(cfg, prompts)
-    judged = await _judged(cfg, rollouts)
+async def _trial(cfg: RunConfig, prompts: Sequence[Prompt], say: Callable[[str], None]) -> list[Verdict]:
+    reservation = await reserve(cfg, say, say)
+    rollouts = await _sampled(cfg, prompts, new_rollout(cfg, 0, reservation))
+    judged = await _judged(cfg, rollouts, new_scorer(cfg, 0, reservation))
     trajectories = [t for rollout in rollouts for t in rollout.payload.trajectories]
-    learner = new_learner(cfg, run_folder(cfg), cfg.policy.model)
+    learner = new_learner(cfg, run_folder(cfg), cfg.policy.model, reservation)
     await learner.ready()
     expected = await learner.canary([t.token_ids.tolist() for t in trajectories])
     return [judged, compared(cfg, trajectories, expected)]
 
 
-async def _sampled(cfg: RunConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
+async def _sampled(cfg: RunConfig, prompts: Sequence[Prompt], actor: RolloutHandle) -> list[Rollout]:
     """A group for each of a few prompts, with the group itself as payload."""
     stream = PromptStream(prompts, cfg.run.group_size, cfg.run.seed)
-    actor = new_rollout(cfg, 0)
     try:
         await actor.ready()
         tickets = [stream.next() for _ in range(min(_NUM_PROMPTS, len(prompts)))]
@@ -71,23 +80,25 @@ async def _sampled(cfg: RunConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
         await _end(actor, actor.actor.shutdown)
 
 
-async def _judged(cfg: RunConfig, rollouts: Sequence[Rollout]) -> Verdict:
+async def _judged(cfg: RunConfig, rollouts: Sequence[Rollout], scorer: ScorerHandle) -> Verdict:
     """What the reward makes of the engine's answers."""
-    scorer = new_scorer(cfg, 0)
     try:
         await scorer.ready()
-        outcomes: list[float] = []
+        judged = []
         slowest = 0.0
         for rollout in rollouts:
             began = time.perf_counter()
-            outcomes += (await scorer.score(rollout)).outcomes
+            judged.append(await scorer.score(rollout))
             slowest = max(slowest, time.perf_counter() - began)
     finally:
         await _end(scorer)
-    most = cfg.scorer.score_deadline_s
+    if failures := [failure for rollout in judged for failure in rollout.failures]:
+        found = f"the reward failed on {len(failures)} answers: {failures[0].traceback.strip().splitlines()[-1]}"
+        return Verdict("judgement", "fail", found, "correct the reward", ConfigError.exit_code)
+    outcomes = [outcome for rollout in judged for outcome in rollout.outcomes]
     found = (
         f"{len(outcomes)} answers get {min(outcomes):.3g} to {max(outcomes):.3g}; "
-        f"{slowest:.2g} s a group of {cfg.run.group_size}, at most {most:g} s"
+        f"{slowest:.2g} s a group of {cfg.run.group_size}, at most {cfg.scorer.score_deadline_s:g} s"
     )
     good = all(map(math.isfinite, outcomes))
     return Verdict.of("judgement", good, found, "correct the reward: what it pays has to be finite")

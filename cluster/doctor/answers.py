@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from align.rewards.exact_match import ExactMatch
 from align.rewards.gym import GymVerifier
 from align.rewards.kinds import verifier_of
-from align.rewards.outcome import Verifier
+from align.rewards.outcome import Verifier, verify
 from align.types import Prompt
 from cluster.config import RunConfig
 from cluster.doctor.verdict import Verdict
@@ -25,28 +25,30 @@ def answers(cfg: RunConfig, prompts: Sequence[Prompt]) -> Iterator[Verdict]:
         return
     slowest, num_right, num_empty, rows = 0.0, 0, 0, prompts[:_NUM_PROMPTS]
     for prompt in rows:
-        try:
+        right = reference_answer(verifier, prompt)
+        for completion in dict.fromkeys(["", *([] if right is None else [right])]):
             began = time.perf_counter()
-            empty, right = verifier(prompt, ""), _of_the_right_answer(verifier, prompt)
-            slowest = max(slowest, (time.perf_counter() - began) / 2)
-        except Exception as error:  # code of others
-            yield _broken(f"prompt {prompt.id!r}: {type(error).__name__}: {error}")
-            return
-        if right is not None and not right >= 1:
-            yield _broken(
-                f"prompt {prompt.id!r}: its own answer {reference_answer(verifier, prompt)!r} gets {right:g} of 1"
-            )
-            return
+            value, failure = verify(verifier, prompt, completion, cfg.quarantine.deadline_s)
+            slowest = max(slowest, time.perf_counter() - began)
+            if failure is not None:
+                yield _broken(f"prompt {prompt.id!r}, answer {completion!r}: {failure.strip().splitlines()[-1]}")
+                return
+            if completion == "":
+                num_empty += value >= 1
+            elif value < 1:
+                yield _broken(f"prompt {prompt.id!r}: its own answer {right!r} gets {value:g} of 1")
+                return
         num_right += right is not None
-        num_empty += empty >= 1
     if num_empty:
         found = f"an empty answer gets the most there is for {num_empty} of {len(rows)} prompts"
         yield Verdict("reward", "warn", found, "look at reward.extract and reward.pattern")
-    most = cfg.scorer.score_deadline_s / cfg.run.group_size
+    most = min(cfg.quarantine.deadline_s, cfg.scorer.score_deadline_s / cfg.run.group_size)
     time_found = f"{1000 * slowest:.2g} ms an answer, at most {most:.3g} s"
     found = f"the right answers of {num_right} of {len(rows)} rows get 1, empty ones less; {time_found}"
     if not num_empty:
-        yield Verdict.of("reward", slowest < most, found, "raise scorer.score_deadline_s", "warn")
+        yield Verdict.of(
+            "reward", slowest < most, found, "raise scorer.score_deadline_s and quarantine.deadline_s", "warn"
+        )
 
 
 def reference_answer(verifier: Verifier, prompt: Prompt) -> str | None:
@@ -61,11 +63,6 @@ def reference_answer(verifier: Verifier, prompt: Prompt) -> str | None:
             return None
     text = None if answer is None else str(answer)
     return text if text is not None and verifier.cfg.find(text) == text else None
-
-
-def _of_the_right_answer(verifier: Verifier, prompt: Prompt) -> float | None:
-    answer = reference_answer(verifier, prompt)
-    return None if answer is None else verifier(prompt, answer)
 
 
 def _broken(found: str) -> Verdict:

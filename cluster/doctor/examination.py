@@ -74,7 +74,7 @@ def _with_ray(
             from cluster.doctor.agreement import agreement
 
             say("starting     engine, scorer and learner, one after another: half a minute for a small model …")
-            yield from checked("agreement", lambda: agreement(cfg, inputs.train))
+            yield from checked("agreement", lambda: agreement(cfg, inputs.train, say))
 
 
 def before_a_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:

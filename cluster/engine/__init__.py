@@ -1,4 +1,4 @@
-"""vLLM, and the only package that imports it: generate with log-probabilities, load weights, stamp versions.
+"""vLLM, and the only package that imports it: generate with log-probabilities, load weights or adapters, stamp versions.
 
 Works with vLLM 0.26 to 0.32. The differences are two: 0.32 reports the weight version of every token itself
 (`CompletionOutput.weight_versions`), for 0.26 the engine counts tokens at each load; and `finish_weight_update` takes no
@@ -25,7 +25,9 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from align.adapters import AdapterConfig
 from align.types import FinishReason, VersionSpan
+from cluster.engine.adapter import STAGED_FILE, describe_adapter, lora_arguments, lora_request
 from cluster.engine.receiver import SHARED_MEMORY, WorkerExtension, read_staged
 from cluster.faults import RunError, WrongWeights
 from cluster.weights import ExportedWeights, fingerprint
@@ -52,6 +54,7 @@ class EngineSettings:
         on_gpu: Whether the engine runs on a GPU.
         tensor_parallel_size: GPUs of the engine.
         gpu_memory_utilization: Share of a GPU's memory for the engine.
+        adapter: What is loaded instead of weights; None for weights.
     """
 
     model: Path
@@ -64,6 +67,7 @@ class EngineSettings:
     on_gpu: bool = False
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.85
+    adapter: AdapterConfig | None = None
 
     def arguments(self) -> dict[str, Any]:
         """vLLM's engine arguments."""
@@ -82,6 +86,8 @@ class EngineSettings:
             "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
             "weight_transfer_config": {"backend": backend},
         }
+        if self.adapter is not None:
+            common |= lora_arguments(self.model, self.adapter)
         if self.kv_cache_bytes is not None:
             common["kv_cache_memory_bytes"] = self.kv_cache_bytes
         if self.on_gpu:
@@ -145,6 +151,7 @@ class Engine:
         self._running: dict[str, Completion] = {}
         self._connected = False
         self._watched = False
+        self._adapter = lora_request() if settings.adapter else None
         self._whole = True  # the serving weights are those of one version, not half replaced
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
@@ -161,7 +168,7 @@ class Engine:
         try:
             prompt = {"prompt_token_ids": list(prompt_ids)}
             params = self._sampling_params(sampling, seed)
-            async for output in self._llm.generate(prompt, params, request_id=request_id):
+            async for output in self._llm.generate(prompt, params, request_id, lora_request=self._adapter):
                 _extend(completion, output)
         finally:
             del self._running[request_id]
@@ -185,7 +192,8 @@ class Engine:
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         request_id = f"canary-{next(self._request_numbers)}"
         final: RequestOutput | None = None
-        async for output in self._llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id=request_id):
+        prompt = {"prompt_token_ids": list(token_ids)}
+        async for output in self._llm.generate(prompt, params, request_id, lora_request=self._adapter):
             final = output
         if final is None or final.prompt_logprobs is None:
             raise WrongWeights("the engine returned no prompt log-probabilities", "check the vLLM version")
@@ -193,7 +201,7 @@ class Engine:
         return [by_token[token].logprob for token, by_token in scored if by_token is not None]
 
     async def load(self, weights: ExportedWeights) -> None:
-        """Replace the serving weights; requests in flight continue on the new ones, with fresh keys and values.
+        """Replace the serving weights, or the adapter; requests in flight continue on the new ones, with fresh keys and values.
 
         Staging and the fingerprint come before the engine is touched, so bad bytes leave the old weights serving.
 
@@ -202,15 +210,25 @@ class Engine:
         """
         staged = self._stage(weights)
         try:
-            if not self._connected:
-                await self.init_weight_transfer_engine({})
-            await self.begin_update()
-            await self.start_weight_update()
-            await self.update_weights({"path": str(staged)})
-            await self.finish_weight_update()
+            await (self._load_adapter(staged) if self._adapter else self._load_weights(staged))
         finally:
-            staged.unlink()
+            shutil.rmtree(staged.parent)
         await self.commit(weights.version, weights.fingerprint)
+
+    async def _load_weights(self, staged: Path) -> None:
+        if not self._connected:
+            await self.init_weight_transfer_engine({})
+        await self.begin_update()
+        await self.start_weight_update()
+        await self.update_weights({"path": str(staged)})
+        await self.finish_weight_update()
+
+    async def _load_adapter(self, staged: Path) -> None:
+        assert self.settings.adapter is not None
+        describe_adapter(staged.parent, self.settings.adapter.rank)
+        await self.begin_update()
+        self._whole = False
+        await self._llm.add_lora(lora_request(staged.parent))
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the worker's end of the transport; an end that was open is closed before."""
@@ -225,7 +243,7 @@ class Engine:
         A step between start and finish would run on half-built layers and kill the engine; the cache is cleared since
         its keys and values belong to the old weights.
         """
-        if not self._watched:
+        if not self._watched and not self._adapter:
             await self._llm.collective_rpc("align_watch")
             self._watched = True
         await self._llm.pause_generation(mode="keep", clear_cache=True)
@@ -253,7 +271,8 @@ class Engine:
         Raises:
             WrongWeights: If a worker loaded anything else; the engine stays stopped and has to be replaced.
         """
-        for loaded in await self._llm.collective_rpc("align_loaded_fingerprint"):
+        check = "align_adapter_fingerprint" if self._adapter else "align_loaded_fingerprint"
+        for loaded in await self._llm.collective_rpc(check):
             if loaded != published:
                 raise WrongWeights(
                     f"version {version}: the worker loaded {loaded}, published was {published}",
@@ -275,8 +294,10 @@ class Engine:
         return self._whole
 
     def _stage(self, weights: ExportedWeights) -> Path:
-        path = _staging_folder(weights.num_bytes) / f"{_STAGED}{os.getpid()}-{weights.version}.safetensors"
+        folder = _staging_folder(weights.num_bytes) / f"{_STAGED}{os.getpid()}-{weights.version}"
+        path = folder / STAGED_FILE
         try:
+            folder.mkdir()
             save_file(weights.tensors(), path)
             staged = fingerprint(read_staged(path).items())
             if staged != weights.fingerprint:
@@ -285,7 +306,7 @@ class Engine:
                     "the old weights still serve; memory or network of the node is at fault",
                 )
         except BaseException:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         return path
 
@@ -301,7 +322,7 @@ def _staging_folder(num_bytes: int) -> Path:
         if os.access(folder, os.W_OK):
             for left in folder.glob(f"{_STAGED}*"):
                 if not Path("/proc", left.name.removeprefix(_STAGED).split("-")[0]).exists():
-                    left.unlink(missing_ok=True)
+                    shutil.rmtree(left, ignore_errors=True)
             if shutil.disk_usage(folder).free > num_bytes + (16 << 20):
                 return folder
     raise RunError(

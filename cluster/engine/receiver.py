@@ -16,7 +16,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from cluster.weights import combine_fingerprints, tensor_fingerprint
+from cluster.engine.adapter import served_adapter
+from cluster.weights import combine_fingerprints, fingerprint, tensor_fingerprint
 
 SHARED_MEMORY = "align_shared_memory"
 
@@ -103,6 +104,7 @@ class WorkerExtension:
     """
 
     weight_transfer_engine: Any
+    model_runner: Any
 
     def align_watch(self) -> None:
         """Fingerprint what the model is given from now on."""
@@ -124,3 +126,7 @@ class WorkerExtension:
         """Fingerprint of all tensors since the last call."""
         loaded, self._loaded = self._loaded, []
         return combine_fingerprints(loaded)
+
+    def align_adapter_fingerprint(self) -> str:
+        """Fingerprint of the adapter that the layers compute with, as they hold it."""
+        return fingerprint(served_adapter(self.model_runner.lora_manager._adapter_manager))

@@ -26,6 +26,8 @@ FIRST = (
 ALERTS = (
     ("AlignStalled", "changes([weights/version][30m]) == 0", "5m", "No step in 30 minutes.",
      "align jobs logs ID says what is waited for; a long evaluation or a very long step is no fault: raise the window."),
+    ("AlignRewardsFail", "[reward/quarantined_fraction] > 0.02", "10m", "A verifier fails on more than 2% of trajectories.",
+     "quarantine.jsonl in the run folder has the tracebacks; more than quarantine.max_fraction end the run."),
     ("AlignUpdatesSkipped", "delta([optimizer/skipped_updates][1h]) > 0", "0m", "An update was not finite and left out.",
      "Look at optimizer/grad_norm and the rewards before it; several in a row end the run."),
     ("AlignActorsLost", "delta([fleet/restarts][1h]) > 0", "0m", "A rollout actor was lost and replaced.",

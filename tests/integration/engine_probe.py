@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,7 @@ async def stale_head(settings: Any, weights: Weights) -> dict[str, Any]:
     gap = canary_gap([await engine.score(s) for s in sequences], [weights.logprobs(s).tolist() for s in sequences])
     staged = engine._stage(exported)
     naive = (await engine._llm.collective_rpc("naive_load", args=(str(staged),)))[0]
-    staged.unlink()
+    shutil.rmtree(staged.parent)
     died = await update_without_pause(engine)
     engine.shutdown()
     return {"stale_head_gap": gap, "naive_load_error": naive, "unpaused_update_kills": died}

@@ -28,11 +28,15 @@ class Head:
         address: Of its dashboard.
         token: That it asks for.
         folder: Of its sessions, with the logs of all its processes.
+        gcs_address: Where drivers and machines join.
+        pid: Of `ray start`.
     """
 
     address: str
     token: str
     folder: Path
+    gcs_address: str
+    pid: int
 
     @property
     def environment(self) -> dict[str, str]:
@@ -75,7 +79,7 @@ def ray_head(environment: dict[str, str]) -> Iterator[Head]:
         )
     try:
         wait_until(lambda: _answers(dashboard), "the dashboard's start", timeout_s=120)
-        yield Head(f"http://127.0.0.1:{dashboard}", token, folder)
+        yield Head(f"http://127.0.0.1:{dashboard}", token, folder, f"127.0.0.1:{port}", head.pid)
     finally:
         _end(psutil.Process(head.pid))
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,26 @@ from typing import Any
 import pytest
 
 from align.metrics import GLOSSARY
+from cluster.credit import step_credits
+from cluster.sinks.tables import TABLE
+from cluster.summary import read_rows
+from cluster.transcripts import Trajectories
 from tests.integration.runs import DEMO, align, summary, trajectories
+from tests.wandb_files import wandb_rows
 
 pytestmark = pytest.mark.integration
+
+SECRET = "c0ffee" * 6 + "5afe"  # the form of a W&B key, and nobody's
 
 
 @pytest.fixture(scope="module")
 def demo(tiny_task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The finished run folder and the console text."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    code, console = align("train", DEMO, "--set", f"run.dir={folder}", timeout_s=600)
+    secrets = {"WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET, "WANDB_MODE": "offline"}
+    code, console = align(
+        "train", DEMO, "--set", f"run.dir={folder}", "--set", "wandb.tables=20", timeout_s=600, environment=secrets
+    )
     assert code == 0, console[-4000:]
     return folder, console
 
@@ -92,6 +103,8 @@ def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) 
         "filter/skipped",
         "eval/heldout/accuracy",
         "eval/train/accuracy",
+        "eval/heldout/unjudged_fraction",
+        "eval/train/unjudged_fraction",
         "importance/truncated_fraction",
         "importance/weight_mean",
         "kl/coefficient",
@@ -101,11 +114,41 @@ def test_what_a_run_emits_is_what_the_glossary_explains(demo: tuple[Path, str]) 
         "reference/version",
         "reward/clipped_fraction",
         "supervised/token_fraction",
+        "tokens/masked",
         "support/outside_fraction",
         "surrogate/clipped_fraction",
         "trajectory/overlong_masked_fraction",
     }
     assert GLOSSARY.keys() - emitted == of_parts_that_the_demo_does_not_use
+
+
+def test_the_wandb_record_holds_every_metric_of_every_step_as_metrics_jsonl_does(demo: tuple[Path, str]) -> None:
+    (record,) = (demo[0] / "wandb").glob("offline-run-*/*.wandb")
+    recorded = {row["step"]: row for row in wandb_rows(record)}
+    rows = {row["step"]: row for row in read_rows(demo[0] / "metrics.jsonl")}
+    assert recorded.keys() == rows.keys()
+    trained = 0.0
+    for step, row in rows.items():
+        trained += row.get("tokens/trained", 0)
+        assert {name: recorded[step][name] for name in GLOSSARY if name in row} == {
+            name: value for name, value in row.items() if name in GLOSSARY
+        }
+        assert recorded[step]["trained_tokens"] == trained
+        assert recorded[step]["wall_s"] == pytest.approx(row["wall_s"], abs=1e-3)
+    assert sum(1 for row in recorded.values() if any(name.startswith(TABLE) for name in row)) == max(rows) // 20
+
+
+def test_a_good_run_gives_no_alert(demo: tuple[Path, str]) -> None:
+    assert not (demo[0] / "events.jsonl").exists()
+
+
+def test_secrets_of_the_environment_are_in_no_file_log_or_line_of_the_run(demo: tuple[Path, str]) -> None:
+    folder, console = demo
+    session = Path(json.loads((folder / "environment.json").read_text())["ray_session"])
+    written = [path for root in (folder, session) for path in root.rglob("*") if path.is_file()]
+    assert len(written) > 50
+    assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in console
 
 
 def test_every_prompt_was_trained_exactly_once_and_on_policy(demo: tuple[Path, str]) -> None:
@@ -123,6 +166,15 @@ def test_rewards_on_disk_are_reference_minus_behavior(demo: tuple[Path, str]) ->
     for row in trajectories(demo[0])[1]:
         expected = [ref - own for ref, own in zip(row["ref_logprobs"], row["behavior_logprobs"], strict=True)]
         assert row["rewards"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_advantages_computed_again_from_the_files_are_those_that_the_learner_had(demo: tuple[Path, str]) -> None:
+    found = Trajectories(demo[0])
+    logged = [json.loads(line) for line in (demo[0] / "metrics.jsonl").read_text().splitlines()]
+    by_step = {row["step"]: row["advantage/std"] for row in logged if "advantage/std" in row}
+    for step in (1, 50, 100):
+        advantages = [value for credit in step_credits(found, step).values() for value in credit.advantages]
+        assert statistics.pstdev(advantages) == pytest.approx(by_step[step], rel=1e-5)
 
 
 def test_the_exported_policy_is_what_transformers_loads_and_the_report_shows(demo: tuple[Path, str]) -> None:

@@ -16,10 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `engine_probe.py` measured on a small random model with a tied head."""
-    folder = tmp_path_factory.mktemp("model")
+def write_small_model(folder: Path) -> Path:
+    """A random Qwen3 with a tied head, and words for its 64 tokens."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=64,
@@ -39,6 +37,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     Qwen3ForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w2"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `engine_probe.py` measured on a small random model with a tied head."""
+    folder = write_small_model(tmp_path_factory.mktemp("model"))
     command = [sys.executable, str(Path(__file__).with_name("engine_probe.py")), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]

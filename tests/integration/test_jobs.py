@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,7 +20,7 @@ from tests.integration.runs import DEMO, align, last_step, summary, trajectories
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_task")]
 
 SECRET = "a5c1" * 10
-"""A W&B key in the environment of the cluster's machines."""
+"""A W&B key and a token of the model hub in the environment of the cluster's machines."""
 SMALL = [
     *("--set", "run.prompts_per_step=8", "--set", "evaluation.every=1000", "--set", "evaluation.max_prompts=8"),
     *("--set", "optimizer.schedule=constant"),
@@ -23,8 +29,16 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with ray_head({"WANDB_API_KEY": SECRET, "WANDB_MODE": "offline"}) as started:
+    with ray_head({"WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET, "WANDB_MODE": "offline"}) as started:
         yield started
+
+
+def jobs_client(head: Head) -> Any:
+    """Ray's own client, as somebody else on the cluster uses it."""
+    os.environ.update(head.environment)
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(head.address)
 
 
 def at(head: Head, *arguments: str | Path) -> tuple[int, str]:
@@ -67,11 +81,99 @@ def test_a_job_is_submitted_followed_stopped_and_resumed(head: Head, tmp_path: P
     assert [p for p in psutil.process_iter(["cmdline"]) if SECRET in " ".join(p.info["cmdline"] or [])] == []
 
 
-def test_the_exit_code_of_the_run_is_that_of_the_command(head: Head, tmp_path: Path) -> None:
+def test_a_run_that_can_never_fit_is_refused_within_seconds_and_before_the_upload(head: Head, tmp_path: Path) -> None:
+    began = time.monotonic()
     job = ["submit", DEMO, "--set", f"run.dir={tmp_path / 'run'}", "--set", "rollout.num_actors=50"]
-    code, console = at(head, *job, "--follow")
+    code, console = at(head, *job, "--id", "large")
     assert code == 3
-    assert "the run needs 51 CPUs, the cluster at" in console
+    assert "no room for 49 of rollout (1 CPUs); the only machine of the cluster at" in console
+    assert "would fit: --set rollout.num_actors=1, or 25 more machines with 2 CPUs" in console
+    assert time.monotonic() - began < 30, "10 s where nobody else computes"
+    assert "no job 'large'" in at(head, "jobs", "logs", "large")[1]
+
+
+def test_the_exit_code_of_the_run_is_that_of_the_command(head: Head) -> None:
+    """Storage that cannot be written to is found by the run itself, before any actor starts."""
+    code, console = at(head, "submit", DEMO, "--set", "run.dir=/proc/runs/a", "--follow")
+    assert code == 2
+    assert "[RUN_FOLDER] run folder /proc/runs/a cannot be used" in console
+    assert "starting     Ray" not in console
+
+
+@pytest.mark.long
+def test_a_busy_cluster_is_named_and_a_job_whose_driver_has_no_place_can_be_stopped(head: Head, tmp_path: Path) -> None:
+    """Somebody else's actor holds a CPU; then the driver asks for both."""
+    client = jobs_client(head)
+    hold = "import ray, time; ray.init(); a = ray.remote(num_cpus=1)(type('Hold', (), {})).remote(); time.sleep(600)"
+    holder = client.submit_job(entrypoint=f'python -c "{hold}"', submission_id="somebody")
+    run = ["submit", DEMO, *SMALL, "--set", f"run.dir={tmp_path / 'run'}", "--set"]
+    try:
+        wait_until(lambda: client.get_job_info(holder).status == "RUNNING", "the start of somebody's job")
+        time.sleep(3)
+        code, console = at(head, *run, "deadlines.room_s=3", "--follow", "--id", "waits")
+        assert code == 3, console
+        assert "the cluster is busy" in console
+        assert "for 1 x learner (1 CPUs), 1 x rollout (1 CPUs); free: 1 of 2 CPUs on 1 machine(s); held by" in console
+        assert "somebody (1 CPUs)" in console
+        cpus = ("learner.num_cpus=0", "--set", "rollout.num_cpus=0")
+        code, console = at(head, *run, *cpus, "--driver-resources", "CPU=2", "--id", "pending")
+        assert code == 0, console
+        code, console = at(head, "jobs", "stop", "pending")
+        assert (code, console.split()[0]) == (0, "pending"), console
+        assert client.get_job_info("pending").status.is_terminal()
+    finally:
+        client.stop_job(holder)
+
+
+@pytest.mark.long
+def test_rays_own_command_submits_a_run_too(head: Head, tmp_path: Path) -> None:
+    """As deploy/README.md writes it: the models are where the cluster has them, the run file comes with the folder."""
+    models = Path("models/tiny").resolve()
+    paths = {
+        "run.dir": tmp_path / "run",
+        "policy.model": models / "policy",
+        "reference.model": models / "reference",
+        "prompts.files": f'["{models}/prompts/train.jsonl"]',
+        "evaluation.heldout": f'{{files = ["{models}/prompts/heldout.jsonl"]}}',
+    }
+    settings = [part for key, value in paths.items() for part in ("--set", f"{key}={value}")]
+    (tmp_path / "work").mkdir()
+    shutil.copy(DEMO, tmp_path / "work" / "demo.toml")
+    done = subprocess.run(
+        [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            head.address,
+            "--working-dir",
+            tmp_path / "work",
+            "--runtime-env-json",
+            '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}',
+            "--",
+            "align",
+            "train",
+            "demo.toml",
+            *SMALL,
+            "--set",
+            "run.steps=2",
+            *settings,
+        ],
+        env=os.environ | head.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished after 2 steps" in done.stdout
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+def test_an_image_without_a_package_is_recognised_by_the_end_of_the_log(head: Head) -> None:
+    jobs_client(head).submit_job(entrypoint="python -c 'import no_such_engine'", submission_id="poor")
+    code, console = at(head, "jobs", "logs", "poor", "--follow")
+    assert code == 1
+    assert "-> the image has no package no_such_engine" in console
 
 
 def test_bad_requests_are_refused_with_the_remedy(head: Head, tmp_path: Path) -> None:
@@ -84,5 +186,8 @@ def test_bad_requests_are_refused_with_the_remedy(head: Head, tmp_path: Path) ->
     assert (code, "no job 'unknown'" in console) == (2, True), console
     code, console = at(head, "submit", DEMO)
     assert (code, "run.dir is 'left out'" in console) == (2, True), console
+    port = head.gcs_address.split(":")[1]
+    code, console = align("jobs", "list", "--address", f"http://127.0.0.1:{port}", environment=head.environment)
+    assert (code, "no Ray cluster answers at" in console) == (3, True), console
     code, console = align("jobs", "list", "--address", "http://127.0.0.1:1", environment=head.environment)
     assert (code, "no Ray cluster answers at http://127.0.0.1:1" in console) == (3, True), console

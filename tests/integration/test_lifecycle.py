@@ -100,5 +100,6 @@ def test_more_actors_than_the_machine_has_cpus_is_refused_within_seconds(tmp_pat
     began = time.monotonic()
     code, console = align("train", DEMO, "--set", "rollout.num_actors=999", "--set", f"run.dir={tmp_path / 'run'}")
     assert code == 3
-    assert "needs 1000 CPUs" in console
+    assert "no room for 998 of rollout (1 CPUs)" in console
+    assert "--set rollout.num_actors=" in console
     assert time.monotonic() - began < 30

@@ -1,0 +1,1 @@
+"""`align inspect RUN --web`: the run folder as local pages, read as it is at each request."""

@@ -1,0 +1,158 @@
+"""Measures a real vLLM engine that is given adapters alone, as `engine_probe.py` does one that is given weights.
+
+Prints what it found as one line of JSON; `test_adapter_engine.py` judges it. Arguments: a model folder; or several, of which the
+agreement alone is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.adapters import AdapterConfig
+from tests.integration.engine_probe import Weights, agreement, damaged_bytes, in_flight, prefix_cache, prompts
+
+CONFIG = AdapterConfig(rank=3, alpha=4.0, rslora=True, publish="adapter")
+
+
+class AdapterWeights(Weights):
+    """The learner's side: the adapter is changed and exported, and the model has it."""
+
+    def __init__(self, model_dir: Path) -> None:
+        from align.adapters import Adapter
+
+        super().__init__(model_dir)
+        self.policy.adapter = Adapter(self.policy.model, CONFIG)
+
+    def export(self, version: int) -> Any:
+        from cluster.weights import export_weights
+
+        return export_weights(self.policy.named_factors(), version, self.policy.compute_dtype)
+
+    @torch.no_grad()
+    def change(self, by: float = 0.05) -> None:
+        for parameter in self.policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=self.generator) * by * 0.5)
+
+
+async def probe(model_dir: Path) -> dict[str, Any]:
+    """All measurements on one engine."""
+    weights = AdapterWeights(model_dir)
+    engine = new_engine(model_dir)
+    try:
+        first = weights.export(0)
+        await engine.load(first)
+        found: dict[str, Any] = {"bytes": first.num_bytes, "model_bytes": model_bytes(weights)}
+        found["initial_mean"] = (await agreement(engine, weights))["mismatch_mean"]
+        found |= await damaged_bytes(engine, weights)
+        found |= await in_flight(engine, weights)
+        found |= await agreement(engine, weights)
+        found |= await together(engine, weights)
+        found |= await prefix_cache(engine, weights)
+        found |= await other_scale(engine, weights)
+        found |= await other_places(engine, weights)
+    finally:
+        engine.shutdown()
+    return found
+
+
+def new_engine(model_dir: Path) -> Any:
+    from cluster.engine import Engine, EngineSettings
+
+    room = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_bytes": 64 << 20}
+    return Engine(EngineSettings(model_dir, "float32", seed=7, adapter=CONFIG, **room))
+
+
+def model_bytes(weights: Weights) -> int:
+    return sum(weight.nbytes for _, weight in weights.policy.named_weights())
+
+
+async def together(engine: Any, weights: Weights) -> dict[str, Any]:
+    """Prompts of several lengths scored at once, as for the canary."""
+    sequences = [sequence[:length] for sequence, length in zip(prompts(4, 40, seed=5), (40, 7, 23, 31), strict=True)]
+    scored = await asyncio.gather(*(engine.score(sequence) for sequence in sequences))
+    pairs = zip(scored, sequences, strict=True)
+    gaps = [np.abs(weights.logprobs(sequence) - found).max() for found, sequence in pairs]
+    return {"together_max": float(max(gaps))}
+
+
+async def other_scale(engine: Any, weights: Weights) -> dict[str, Any]:
+    """An engine that is told another alpha, so that vLLM scales by itself what has its scale already."""
+    from cluster import engine as module
+    from cluster.faults import WrongWeights
+
+    describe = module.describe_adapter
+
+    def describe_twice(folder: Path, rank: int) -> None:
+        describe(folder, rank)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 2 * rank}))
+
+    module.describe_adapter = describe_twice
+    try:
+        await engine.load(weights.export(4))
+        refused = ""
+    except WrongWeights as error:
+        refused = str(error)
+    module.describe_adapter = describe
+    await engine.load(weights.export(5))
+    served = await engine.score(prompts(1, 20, seed=9)[0])
+    return {"other_scale_refused": refused, "other_scale_then": engine.version, "other_scale_served": len(served)}
+
+
+async def other_places(engine: Any, weights: Weights) -> dict[str, Any]:
+    """An adapter for a layer that vLLM does not have."""
+    from cluster.weights import export_weights
+
+    renamed = ((name.replace("o_proj", "w_proj"), tensor) for name, tensor in weights.policy.named_factors())
+    try:
+        await engine.load(export_weights(renamed, 6, "float32"))
+        refused = ""
+    except Exception as error:
+        refused = str(error)
+    return {"other_places_refused": refused}
+
+
+async def of_family(model_dir: Path) -> dict[str, Any]:
+    """Agreement alone."""
+    weights = AdapterWeights(model_dir)
+    engine = new_engine(model_dir)
+    try:
+        weights.change()
+        await engine.load(weights.export(0))
+        return await agreement(engine, weights)
+    finally:
+        engine.shutdown()
+
+
+async def families(folders: list[Path]) -> dict[str, Any]:
+    """One engine after the other; an error stands in place of the figures."""
+    found = {}
+    for folder in folders:
+        try:
+            found[folder.name] = await of_family(folder)
+        except Exception as error:
+            found[folder.name] = {"error": f"{type(error).__name__}: {error}"}
+    return found
+
+
+if __name__ == "__main__":
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    first, *others = map(Path, sys.argv[1:])
+    print(json.dumps(asyncio.run(families([first, *others]) if others else probe(first))))
