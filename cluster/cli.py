@@ -214,24 +214,28 @@ def _follow(cluster_jobs: Any, job: str) -> int:
         return 0
 
 
-@app.command(epilog="Example: align doctor deploy/runs/demo.toml")
+@app.command(epilog="Example: align doctor deploy/runs/demo.toml --quick")
 def doctor(
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE.toml]", help="A run file: look at what it names too.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", metavar="HOST:PORT", help="Every node of this machine's cluster."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Start no engine, no scorer and no learner.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON, those of each node.")] = False,
 ) -> None:
-    """Look at this machine before a run takes it: one verdict per item, with the fix. Exit code 3 if something cannot work."""
-    from cluster.config import load_config
-    from cluster.doctor import examine
+    """Look at the machines and at what a run names before it takes them: one verdict per item, with the fix.
 
-    failed = False
-    for verdict in examine(load_config(file, overrides) if file else None):
-        failed |= verdict.state == "fail"
-        typer.echo(
-            f"{verdict.state:<5}{verdict.item:<15}{verdict.found}" + (f"\n     -> {verdict.fix}" if verdict.fix else "")
-        )
-    raise typer.Exit(3 if failed else 0)
+    Exit codes: 0 nothing fails (warnings may be there); 2 only the run file or what it names does; 3 a machine does.
+    """
+    from cluster.config import load_config
+    from cluster.doctor.told import tell
+
+    cfg = load_config(file, overrides) if file else None
+    raise typer.Exit(tell(cfg, address, quick=quick, as_json=as_json, echo=typer.echo))
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]

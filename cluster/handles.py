@@ -238,6 +238,12 @@ class LearnerHandle(Handle):
         sequences: list[list[int]] = await self._together(sampling, "canary", self.deadlines.start_s)
         return sequences
 
+    async def canary(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of tokens 1.. of each sequence under the current weights."""
+        scoring = self._call(lambda actor: actor.canary.remote(sequences))
+        answer: list[list[float]] = await self._together(scoring, "canary", self.deadlines.save_s)
+        return answer
+
     async def save(self, directory: Path) -> None:
         """Write policy and optimizer into a folder that all ranks and this process see."""
         await self._together(self._call(lambda actor: actor.save.remote(directory)), "save", self.deadlines.save_s)

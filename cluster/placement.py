@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from align.types import Ticket
 from cluster.bill import SHARED_GPU, places
@@ -26,7 +27,7 @@ from cluster.learning import LearnerActor, Place
 from cluster.machines import nodes
 from cluster.publication import FleetHandle
 from cluster.remedies import check_fit, settings_that_fit
-from cluster.reservation import Reservation
+from cluster.reservation import Reservation, grows_to, reserve
 from cluster.rollout import RolloutActor, engine_settings
 from cluster.scorer import ScorerActor
 from cluster.scoring import ScorerHandle, ScorerPool
@@ -99,10 +100,14 @@ def _gpus(cfg: RunConfig, num_gpus: int) -> float:
 
 
 @contextlib.contextmanager
-def ray_session(cfg: RunConfig, weights_bytes: int) -> Iterator[str]:
+def ray_session(cfg: RunConfig | None, weights_bytes: int) -> Iterator[str]:
     """Join the cluster that RAY_ADDRESS names (as in a Ray job), else start Ray on this machine alone.
 
     A local Ray listens on 127.0.0.1 only and has no dashboard; its environment was set by `cluster.train.closed_ray`.
+
+    Args:
+        cfg: The run, or None to look at the cluster whatever it has.
+        weights_bytes: Size of the policy's weights on disk.
 
     Yields:
         Ray's session folder with its logs.
@@ -132,25 +137,21 @@ def _interrupts_held() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-def _join(cfg: RunConfig, address: str) -> Any:
+def _join(cfg: RunConfig | None, address: str) -> Any:
     context = _init(f"join the cluster at {address}", address=address)
-    check_cluster(cfg, address)
+    if cfg is not None:
+        check_cluster(cfg, address)
     return context
 
 
 def check_cluster(cfg: RunConfig, address: str) -> None:
     """Raise ResourceError if the cluster that was joined can never hold the run."""
     where = f"the cluster at {address}"
-    if most := _grows_to():
+    if most := grows_to():
         Demand.of(cfg).check(*within_reach(ray.cluster_resources(), most), where)
     else:
         machines = nodes(machine["Resources"] for machine in ray.nodes() if machine["Alive"])
         check_fit(cfg, places, machines, f"of {where}")
-
-
-def _grows_to() -> Mapping[str, float]:
-    """What an autoscaler may grow the cluster to, which is not public in Ray; empty where there is none."""
-    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
 def within_reach(now: Mapping[str, float], most: Mapping[str, float]) -> tuple[float, float]:
@@ -232,12 +233,8 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
         ActorLost: If one does not start within its deadline.
         ResourceError: If the cluster has no room for them.
     """
-    reservation = Reservation(cfg, grows=bool(_grows_to()))
-    await reservation.taken(cfg.deadlines.room_s, console.say, console.warn)
-    first, *others = _create_learners(cfg, run_dir, policy, reservation)
-    learner = LearnerHandle(
-        first, Deadlines(cfg.deadlines.start_s, cfg.deadlines.update_s, cfg.deadlines.save_s), others
-    )
+    reservation = await reserve(cfg, console.say, console.warn)
+    learner = new_learner(cfg, run_dir, policy, reservation)
 
     def create_scorer(rank: int) -> Any:
         return _create_scorer(cfg, reservation.strategy("scorer", rank))
@@ -245,11 +242,8 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
     def create_rollout(rank: int) -> Any:
         return _create_rollout(cfg, rank, reservation.strategy("rollout", rank))
 
-    scorers = [ScorerHandle(create_scorer(rank), rank, cfg.scorer) for rank in range(cfg.scorer.num_actors)]
-    max_groups = max_groups_per_actor(cfg)
-    actors = [
-        RolloutHandle(create_rollout(rank), rank, cfg.rollout, max_groups) for rank in range(cfg.rollout.num_actors)
-    ]
+    scorers = [new_scorer(cfg, rank, reservation) for rank in range(cfg.scorer.num_actors)]
+    actors = [new_rollout(cfg, rank, reservation) for rank in range(cfg.rollout.num_actors)]
     await asyncio.gather(learner.ready(), *(s.ready() for s in scorers), *(a.ready() for a in actors))
     prompts = [ticket.prompt.token_ids for ticket in canary]
     fleet = FleetHandle(
@@ -265,6 +259,37 @@ async def start_workers(cfg: RunConfig, run_dir: Path, policy: Path, canary: lis
     )
     scorer_pool = ScorerPool(scorers, create_scorer, cfg.scorer.max_restarts, console.warn)
     return Workers(fleet, scorer_pool, learner)
+
+
+def new_learner(cfg: RunConfig, run_dir: Path, policy: Path, reservation: Reservation) -> LearnerHandle:
+    """A learner that starts up, on all its ranks."""
+    first, *others = _create_learners(cfg, run_dir, policy, reservation)
+    deadlines = cfg.deadlines
+    return LearnerHandle(first, Deadlines(deadlines.start_s, deadlines.update_s, deadlines.save_s), others)
+
+
+def new_scorer(cfg: RunConfig, rank: int, reservation: Reservation) -> ScorerHandle:
+    """A scorer that starts up."""
+    return ScorerHandle(_create_scorer(cfg, reservation.strategy("scorer", rank)), rank, cfg.scorer)
+
+
+def new_rollout(cfg: RunConfig, rank: int, reservation: Reservation) -> RolloutHandle:
+    """A rollout actor that starts up."""
+    actor = _create_rollout(cfg, rank, reservation.strategy("rollout", rank))
+    return RolloutHandle(actor, rank, cfg.rollout, max_groups_per_actor(cfg))
+
+
+def on_node(kind: type, node_id: str) -> Any:
+    """An actor of a plain class on this node of Ray's and no other. It takes nothing from a run, and sees all GPUs."""
+    return (
+        ray.remote(kind)
+        .options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            runtime_env={"env_vars": QUIET | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}},
+        )
+        .remote()
+    )
 
 
 def max_groups_per_actor(cfg: RunConfig) -> int:

@@ -99,6 +99,18 @@ class Reservation:
         return f"free: {rooms} on {machines} machine(s); {holders}"
 
 
+async def reserve(cfg: RunConfig, say: Say, warn: Say) -> Reservation:
+    """Room for all processes of a run; see `Reservation.taken`."""
+    reservation = Reservation(cfg, grows=bool(grows_to()))
+    await reservation.taken(cfg.deadlines.room_s, say, warn)
+    return reservation
+
+
+def grows_to() -> Mapping[str, float]:
+    """What an autoscaler may grow the cluster to, which is not public in Ray; empty where there is none."""
+    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+
+
 def _holders() -> str:
     """Jobs and what their actors and placement groups hold."""
     from ray.util import state

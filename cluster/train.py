@@ -9,6 +9,7 @@ import time
 
 from align.rewards.kinds import reads_reference
 from cluster.config import RunConfig
+from cluster.doctor.verdict import require
 from cluster.faults import INTERRUPTED, RunError
 from cluster.folder import RunFolder
 from cluster.inputs import Inputs, load_inputs
@@ -27,14 +28,17 @@ def train(cfg: RunConfig) -> int:
         online = check_online(cfg.wandb, console.warn)
         if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
             os.environ.update(closed_ray())
+        from cluster.doctor.examination import before_a_run, on_the_nodes
         from cluster.placement import check_machine, cluster_address, ray_session
         from cluster.training import Training
 
         if cluster_address() is None:
             check_machine(cfg, inputs.weights_bytes)
+        require(before_a_run(cfg, inputs), console.warn)
         folder = RunFolder(RunFolder.default_path(cfg), cfg)
         _announce(cfg, inputs, folder, console)
         with folder.lock(), MemoryMeter() as memory, ray_session(cfg, inputs.weights_bytes) as session:
+            require(on_the_nodes(cfg), console.warn)
             folder.write_environment(cfg, {"ray_session": session, "dtype": cfg.engine_dtype})
             return asyncio.run(Training(cfg, inputs, folder, console, memory, started, online).run())
     except RunError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster import placement
+from cluster import placement, reservation
 from cluster.config import RunConfig
 from cluster.faults import ResourceError
 from cluster.placement import (
@@ -154,6 +154,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float] | None
             _private=SimpleNamespace(state=state),
         )
         monkeypatch.setattr(placement, "ray", fake)
+        monkeypatch.setattr(reservation, "ray", fake)
         monkeypatch.setattr(placement, "_init", lambda what, **options: "joined")
         return lambda cfg: placement._join(cfg, "10.0.0.7:6379")
 

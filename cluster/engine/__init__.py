@@ -34,6 +34,7 @@ from cluster.weights import ExportedWeights, fingerprint
 
 _STAGED = "align-weights-"
 NATIVE_VERSIONS = any(f.name == "weight_versions" for f in fields(CompletionOutput))
+_OF_THE_FOLDER = "default"  # vLLM's name for the version of weights that were not loaded over
 # On CPU the plain name "uni" would be turned into a second process that busy-waits; the qualified name is taken as it is.
 _CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
@@ -338,9 +339,14 @@ def _extend(completion: Completion, output: RequestOutput) -> None:
         by_token[token].logprob for token, by_token in zip(new.token_ids, new.logprobs or [], strict=True)
     )
     if NATIVE_VERSIONS:
-        completion.versions = [VersionSpan(int(s.version), s.start, s.end) for s in new.weight_versions or []]
+        completion.versions = [VersionSpan(_number(s.version), s.start, s.end) for s in new.weight_versions or []]
     else:
         last = completion.versions[-1]
         completion.versions[-1] = VersionSpan(last.version, last.start, len(completion.token_ids))
     if new.finish_reason is not None:
         completion.finish_reason = FinishReason(new.finish_reason)
+
+
+def _number(version: str) -> int:
+    """The policy version of a token; -1, as in `Engine.version`, for the weights of the model folder, before any load."""
+    return -1 if version == _OF_THE_FOLDER else int(version)
