@@ -73,7 +73,7 @@ def test_an_update_tells_its_advantages_and_what_the_policy_said_when_each_traje
     stats = {}
     for epochs, parts in ((1, 1), (2, 1), (2, 2)):
         learner = new_learner(new_policy(), num_epochs=epochs, num_minibatches=parts, **CLIP)
-        before = old_logprobs(learner.policy, batch, 1000)
+        before = old_logprobs(learner.policy, batch, partial(micro_batches, max_tokens=1000), packed=False)
         stats[epochs, parts] = learner.update(batch)
         assert torch.equal(stats[epochs, parts].advantages, learner.objective.advantages(batch)[0])
         assert torch.equal(stats[epochs, parts].policy_logprobs.isnan(), ~batch.loss_mask)
