@@ -133,6 +133,10 @@ def test_the_console_of_the_jobs_is_the_committed_one() -> None:
     assert "resuming     after step" in captured
 
 
+def test_the_output_of_doctor_is_the_committed_one() -> None:
+    assert section("doctor") == f"\n```\n{(RESULTS / 'doctor.txt').read_text(encoding='utf-8')}```\n"
+
+
 def test_the_glossary_is_that_of_the_code() -> None:
     assert section("glossary") == glossary_table()
 
