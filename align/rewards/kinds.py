@@ -79,7 +79,9 @@ def _weighted_sum(weights: list[float], scores: tuple[TokenRewards, ...], names:
     refs = [score.ref_logprobs for score in scores if score.ref_logprobs is not None]
     parts = {name: float(rewards.sum()) for name, rewards in zip(names, weighted, strict=False)}
     failure = next((score.failure for score in scores if score.failure is not None), None)
-    return TokenRewards(np.asarray(sum(weighted)), refs[0] if refs else None, parts=parts, failure=failure)
+    total, ends = np.asarray(sum(weighted)), [score.step_ends for score in scores if score.step_ends is not None]
+    steps = np.logical_or.reduce([*ends, total != 0]) if ends else None
+    return TokenRewards(total, refs[0] if refs else None, step_ends=steps, parts=parts, failure=failure)
 
 
 def _names(kinds: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from align.batching import micro_batches
 from align.packing import pack
 from align.policy import Policy
+from align.rewards.steps import paid_by_step, step_ends
 from align.types import FloatArray, Group, TokenRewards, TopTokens, Trajectory
 
 
@@ -27,6 +28,12 @@ class ReferenceRewardConfig(BaseModel):
         "the optimum (the expected reward is then minus the KL divergence).",
     )
     clip: float | None = Field(None, gt=0, description="Token rewards are cut to [-clip, clip]; leave out for none.")
+    step_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="What stands between two steps of an answer, such as a line break: a step's rewards are paid together at its "
+        "last token. Left out: every token is a step.",
+    )
 
 
 def token_reward(ref_logprobs: FloatArray, behavior_logprobs: FloatArray, cfg: ReferenceRewardConfig) -> FloatArray:
@@ -73,7 +80,16 @@ class ReferenceReward:
     def _score(self, trajectory: Trajectory, ref_logprobs: FloatArray) -> TokenRewards:
         rewards = token_reward(ref_logprobs, trajectory.behavior_logprobs, self.cfg)
         top = None if self.num_top is None else self._top(trajectory, self.num_top)
-        return TokenRewards(np.where(trajectory.loss_mask, rewards, np.float32(0)), ref_logprobs, top)
+        rewards, ends = np.where(trajectory.loss_mask, rewards, np.float32(0)), None
+        if self.cfg.step_separator is not None:
+            pieces = [self._piece(token) for token in trajectory.token_ids.tolist()]
+            ends = step_ends(pieces, trajectory.loss_mask, self.cfg.step_separator)
+            rewards = paid_by_step(rewards, trajectory.loss_mask, ends)
+        return TokenRewards(rewards, ref_logprobs, top, ends)
+
+    def _piece(self, token: int) -> str:
+        """The text of one token; empty for a special one."""
+        return str(self.reference.tokenizer.decode([token], skip_special_tokens=True))
 
     def _top(self, trajectory: Trajectory, num_top: int) -> TopTokens:
         """One trajectory at a time, since a distribution per token is large."""
