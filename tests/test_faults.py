@@ -55,7 +55,7 @@ def test_the_reason_is_what_another_message_can_go_on_after() -> None:
 
 def test_codes_are_distinct() -> None:
     codes = [kind.code for kind in CLASSES]
-    assert len(set(codes)) == len(codes) == 13
+    assert len(set(codes)) == len(codes) == 16
 
 
 def test_exit_codes_tell_what_kind_of_thing_went_wrong() -> None:
@@ -66,7 +66,10 @@ def test_exit_codes_tell_what_kind_of_thing_went_wrong() -> None:
         "ConfigError": 2,
         "RunFolderError": 2,
         "TrackingError": 2,
+        "WrongEntity": 2,
+        "DashboardError": 2,
         "ResourceError": 3,
+        "ClusterAway": 3,
         "ActorLost": 4,
         "RestartBudgetSpent": 4,
         "WrongWeights": 5,
