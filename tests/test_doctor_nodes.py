@@ -112,7 +112,7 @@ def test_a_node_that_does_not_answer_or_has_no_align_is_named_and_the_others_are
     found = on(ray)
     failed = {v.node: v for v in found if v.state == "fail"}
     assert set(failed) == {"10.0.0.2", "10.0.0.3"}
-    assert failed["10.0.0.2"].found == "none in time: 90 s for all looks, 10 s for a call after that"
+    assert failed["10.0.0.2"].found == "none in time: 90 s for all looks, 30 s for a call after that"
     assert failed["10.0.0.3"].fix == "install align on this node as where the run is driven"
     assert "machine" in {v.item for v in found if v.node == "10.0.0.1"}
     assert len(ray.killed) == 3
