@@ -43,7 +43,7 @@ class OptimizerConfig(BaseModel):
     )
     offload: bool = Field(
         False,
-        description="Keep Adam's moments in host memory between steps, on a GPU; changes no bit, costs two copies a step.",
+        description="Keep the moments in host memory between steps, on a GPU: the same numbers, for two copies a step.",
     )
 
 
