@@ -50,7 +50,7 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "aggregation": "constant_length",
         },
         # Yu et al. (2025), DAPO: clip 0.2/0.28, mean over tokens, no KL, no loss on truncated trajectories. Departs: without the
-        # soft length penalty, and groups without signal are not replaced.
+        # soft length penalty, and groups without signal stay unless filter.drop_without_signal is set.
         "dapo": {
             **_GROUP_RELATIVE,
             "surrogate": "ppo_clip",
