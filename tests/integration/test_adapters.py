@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from align.policy import Policy
 from tests.integration.runs import DEMO, align, summary, trajectories
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 STEPS = 6
 SETTINGS = [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cluster.folder import hash_tree
 from tests.integration.runs import DEMO, align, trajectories
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_task")]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.usefixtures("tiny_task")]
 
 # Outcomes are cut to [-8, 0], so that many groups of the untrained policy have the least one throughout: no signal.
 SETTINGS = [

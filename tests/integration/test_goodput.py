@@ -14,7 +14,7 @@ from cluster.goodput import FATES
 from tests.integration.runs import align, summary, trajectories
 from tests.trace_events import assert_phases_tile_the_steps, read_events, tracks
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 STEPS, PROMPTS, GROUP_SIZE = 4, 8, 8
 HANGS = r"\bmy\b|\bthe\b(?:[a-z .]+)+!"  # where a long rest follows "the", as about one completion in twenty has it
