@@ -128,7 +128,7 @@ class Alerts:
             self._wind_up()
 
     def close(self) -> None:
-        """No further step is due."""
+        """No step is due until the next one is logged: an evaluation, or the end, has deadlines of its own."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.faults import ConfigError, RunError
+from cluster.redaction import redact
 
 app = typer.Typer(
     name="align",
@@ -391,7 +392,7 @@ def main() -> None:
     try:
         app()
     except RunError as error:
-        typer.echo(f"error {error}", err=True)
+        typer.echo(f"error {redact(str(error))}", err=True)
         sys.exit(error.exit_code)
 
 

@@ -15,6 +15,7 @@ from cluster.placement import Workers
 from cluster.publication import FleetHandle
 
 _DISTRIBUTION_BYTES = 128 << 20  # whole-vocabulary distributions that travel at once
+_NUM_JUDGED = 16  # groups in one call of the learner, which has a deadline
 
 
 def fixed_tickets(prompts: Sequence[Prompt], group_size: int, seed: int) -> list[Ticket]:
@@ -46,13 +47,12 @@ class Evaluator:
         fleet = self._workers.fleet
         places = asyncio.Semaphore(sum(actor.max_groups for actor in fleet.actors))
         rollouts = await asyncio.gather(*(_roll_out(fleet, i, ticket, places) for i, ticket in enumerate(tickets)))
-        if self._bytes_per_group is None:
-            return await self._workers.learner.evaluate(None, rollouts)
-        chunk = max(1, _DISTRIBUTION_BYTES // self._bytes_per_group)
+        size = self._bytes_per_group
+        chunk = _NUM_JUDGED if size is None else max(1, _DISTRIBUTION_BYTES // size)
         answers: list[Answer] = []
         for first in range(0, len(rollouts), chunk):
             part = rollouts[first : first + chunk]
-            distributions = await self._workers.scorers.log_distributions(part)
+            distributions = None if size is None else await self._workers.scorers.log_distributions(part)
             answers += await self._workers.learner.evaluate(distributions, part)
         return answers
 

@@ -17,6 +17,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from align.rewards.kinds import verifier_of
 from align.types import Ticket
 from cluster.bill import SHARED_GPU, places
 from cluster.config import RunConfig
@@ -270,7 +271,8 @@ def new_learner(cfg: RunConfig, run_dir: Path, policy: Path, reservation: Reserv
 
 def new_scorer(cfg: RunConfig, rank: int, reservation: Reservation) -> ScorerHandle:
     """A scorer that starts up."""
-    return ScorerHandle(_create_scorer(cfg, reservation.strategy("scorer", rank)), rank, cfg.scorer)
+    actor = _create_scorer(cfg, reservation.strategy("scorer", rank))
+    return ScorerHandle(actor, rank, cfg.scorer, cfg.quarantine.deadline_s if verifier_of(cfg.reward) else 0)
 
 
 def new_rollout(cfg: RunConfig, rank: int, reservation: Reservation) -> RolloutHandle:

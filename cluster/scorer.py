@@ -20,6 +20,7 @@ from align.rewards.outcome import DEADLINE_S
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.types import FloatArray, Group, Prompt, TokenRewards, Trajectory
 from cluster.quarantine import Failure
+from cluster.redaction import redact
 from cluster.weights import inspect
 
 
@@ -35,7 +36,11 @@ class ScorerConfig(BaseModel):
     max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Tokens per forward pass.")
     max_restarts: int = Field(3, ge=0, description="Scorers that may be replaced in a run before it ends.")
     start_deadline_s: float = Field(300, gt=0, description="Time for a scorer to start.")
-    score_deadline_s: float = Field(600, gt=0, description="Time to score one group.")
+    score_deadline_s: float = Field(
+        600,
+        gt=0,
+        description="Time to score one group, besides quarantine.deadline_s for each trajectory that a verifier judges.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ class ScorerActor:
             completion=self._decode(completion.tolist()),
             seed=trajectory.seed,
             num_tokens=len(completion),
-            traceback=traceback,
+            traceback=redact(traceback),  # here, where the secrets are known that it may hold
         )
 
     @torch.no_grad()

@@ -24,9 +24,10 @@ Result = TypeVar("Result")
 class ScorerHandle(Handle):
     """One scorer."""
 
-    def __init__(self, actor: Any, rank: int, cfg: ScorerConfig) -> None:
+    def __init__(self, actor: Any, rank: int, cfg: ScorerConfig, verifier_deadline_s: float = 0) -> None:
         super().__init__(actor, "scorer", rank)
         self.cfg = cfg
+        self.verifier_deadline_s = verifier_deadline_s
         self.busy_s = 0.0  # as the scorer measured it, in calls that have ended
 
     async def ready(self) -> None:
@@ -36,7 +37,10 @@ class ScorerHandle(Handle):
     async def score(self, rollout: Rollout) -> Rollout:
         """The rollout with its outcomes, and its rewards still behind a reference."""
         scores, summary = self.actor.score.options(num_returns=2).remote(rollout.payload)
-        verdict: Verdict = await self.answer(summary, "score", self.cfg.score_deadline_s)
+        verifying_s = self.verifier_deadline_s * len(
+            rollout.ticket.seeds
+        )  # each may hang, and only that one is lost then
+        verdict: Verdict = await self.answer(summary, "score", self.cfg.score_deadline_s + verifying_s)
         self.busy_s += verdict.ended_s - verdict.began_s
         spans = (*rollout.spans, Span(self.role, self.rank, verdict.began_s, verdict.ended_s))
         return replace(rollout, scores=scores, outcomes=verdict.outcomes, failures=verdict.failures, spans=spans)
@@ -152,7 +156,7 @@ class ScorerPool:
             lost.kill()
             self.num_restarts = spend(self.num_restarts, self._max_restarts, "scorer.max_restarts", error)
             self._warn(f"{reason(error)}; replacing it ({self.num_restarts} of {self._max_restarts} restarts)")
-            fresh = ScorerHandle(self._create(lost.rank), lost.rank, lost.cfg)
+            fresh = ScorerHandle(self._create(lost.rank), lost.rank, lost.cfg, lost.verifier_deadline_s)
             try:
                 await fresh.ready()
                 if self._reference:

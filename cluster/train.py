@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import time
+import traceback
 
 from align.rewards.kinds import reads_reference
 from cluster.config import RunConfig
@@ -49,6 +50,10 @@ def train(cfg: RunConfig) -> int:
         console.close()
         console.say("interrupted")
         return INTERRUPTED
+    except Exception:  # a bug, of ours or another's; its text leaves the machine in the log of a job
+        console.close()
+        console.say(redact(traceback.format_exc()))
+        return 1
 
 
 def _announce(cfg: RunConfig, inputs: Inputs, folder: RunFolder, console: Console) -> None:

@@ -87,7 +87,14 @@ class Training:
         if cluster_address() is not None:  # a Ray of the run's own serves no metrics
             self.sinks.add(lambda: PrometheusSink(folder.path.name))
         self.samples = Samples(folder.path / "samples.json")
-        self.trace = Trace(folder.path / "trace.json", console.warn) if cfg.run.trace else None
+        self.trace = self._open_trace() if cfg.run.trace else None
+
+    def _open_trace(self) -> Trace | None:
+        try:
+            return Trace(self.folder.path / "trace.json", self.console.warn)
+        except OSError as error:
+            self.console.warn(f"no trace is written: {error}")
+            return None
 
     def _record_in_wandb(self, online: bool, earlier: list[dict[str, Any]]) -> WandbSink | None:
         """The W&B run with its artifacts and tables; says where it is."""
@@ -207,6 +214,7 @@ class Training:
         self.alerts.begin()
         last = await run_loop(self.run_state)
         self.training = False
+        self.alerts.close()
         finished = last == cfg.run.steps
         if not finished and last > state.version and last % cfg.checkpoint.every:
             await self._save(last)
@@ -232,6 +240,7 @@ class Training:
 
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
         """See `cluster.loop.Observer`: evaluate, save and log."""
+        self.alerts.close()
         if self.trace:
             self.trace.step(step, reduce(metrics), time.time())
             self._count_slots(self.trace)

@@ -85,6 +85,18 @@ def test_steps_that_come_in_time_are_no_stall_however_long_the_run() -> None:
     assert run.told == []
 
 
+def test_while_the_run_evaluates_no_step_is_due() -> None:
+    run = Watched(stall_min_s=60)
+    run.alerts.begin()
+    run.log(step_s=20)
+    run.alerts.close()
+    run.clock.sleep(3600)
+    assert run.told == []
+    run.log(step_s=20)
+    run.clock.sleep(run.alerts.stall_s)
+    assert run.causes == ["stall"]
+
+
 def test_slow_steps_raise_the_limit_to_a_multiple_of_their_median() -> None:
     run = Watched(stall_min_s=60, stall_factor=10)
     run.alerts.begin()

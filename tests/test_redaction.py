@@ -19,3 +19,7 @@ def test_other_variables_and_short_values_stay() -> None:
 def test_passwords_in_addresses_are_taken_out_and_the_rest_of_the_address_stays() -> None:
     assert redact("redis://:hunter2@head:6379/0", {}) == "redis://[…]@head:6379/0"
     assert redact("https://hub/x@y and me@home", {}) == "https://hub/x@y and me@home"
+
+
+def test_a_secret_that_begins_with_another_leaves_no_tail() -> None:
+    assert redact("x abcdefgh12345678", {"A_TOKEN": "abcdefgh", "B_SECRET": "abcdefgh12345678"}) == "x [B_SECRET]"

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -226,6 +227,7 @@ def score(*script: Callable[[], Any], deadline_s: float = 5) -> tuple[TokenRewar
         (lambda: 1e300, "returned 1e\\+300, expected a finite number"),
         (lambda: "0.5", "returned '0.5', expected a number"),
         (lambda: None, "TypeError: float"),
+        (sys.exit, "SystemExit"),
         (hang, r"in hang\n(.*\n)*.*TimeoutError: no answer within 0.05 s"),
         (backtrack, r"in backtrack\n(.*\n)*.*TimeoutError: no answer within 0.05 s"),
     ],

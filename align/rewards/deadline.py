@@ -17,7 +17,8 @@ def deadline(seconds: float) -> Iterator[None]:
     """Give up on the block after some seconds, wherever it is. On the main thread of a process alone.
 
     A timer signal interrupts Python, and C code that looks for signals, as regular expressions and sleeps do. Other C code is
-    beyond its reach: then the deadline of whoever waits for this process counts.
+    beyond its reach: then the deadline of whoever waits for this process counts. So it is with code that sets the process's
+    alarm for itself (`signal.alarm`), which there is but one of.
 
     Raises:
         TimeoutError: With the place where the block was as its cause.

@@ -39,7 +39,7 @@ def verify(verifier: Verifier, prompt: Prompt, completion: str, deadline_s: floa
         value = float(verdict)
         if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
             raise ValueError(f"{type(verifier).__name__} returned {value!r}, expected a finite number")
-    except Exception:
+    except (Exception, SystemExit):  # exit() in code that is judged is a failure like another
         return 0.0, traceback.format_exc()
     return value, None
 

@@ -93,6 +93,8 @@ class EngineSettings:
         if self.on_gpu:
             return common | {
                 "tensor_parallel_size": self.tensor_parallel_size,
+                # In a placement group vLLM would otherwise start Ray actors of its own, for which the group has no room.
+                **({"distributed_executor_backend": "mp"} if self.tensor_parallel_size > 1 else {}),
                 "gpu_memory_utilization": self.gpu_memory_utilization,
             }
         return common | {

@@ -9,7 +9,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from cluster.alerts import Alert
+    from cluster.redaction import redact
+from cluster.alerts import Alert
 
 _COLUMNS = (  # heading, metric, format, width
     ("reward/tok", "reward/token_mean", "{:.4f}", 10),
@@ -50,6 +51,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Something that a person should know, in yellow; kept for the summary."""
+        text = redact(text)
         self.warnings.append(text)
         self._rich.print(f"warning: {text}", style="yellow", markup=False)
 
