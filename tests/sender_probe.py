@@ -389,7 +389,18 @@ def ipc_026() -> dict[str, Any]:
     }
 
 
+def engines_on_gpus() -> list[str | None]:
+    """How vLLM is told to start the workers of engines of one, two and four GPUs."""
+    from cluster.engine import EngineSettings
+
+    settings = [
+        EngineSettings(Path("m"), "bfloat16", 1, 64, 8, None, on_gpu=True, tensor_parallel_size=size)
+        for size in (1, 2, 4)
+    ]
+    return [one.arguments().get("distributed_executor_backend") for one in settings]
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    parts = [nccl_032, failures_032, ipc_032, nccl_026, ipc_026]
+    parts = [nccl_032, failures_032, ipc_032, nccl_026, ipc_026, engines_on_gpus]
     print(json.dumps({part.__name__: part() for part in parts}))

@@ -32,6 +32,14 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.integration
+def test_an_engine_of_several_gpus_starts_its_own_workers_where_vllm_would_ask_ray_for_them(
+    found: dict[str, Any],
+) -> None:
+    """In a placement group vLLM would else take Ray, and the group has no room for its workers."""
+    assert found["engines_on_gpus"] == [None, "mp", "mp"]
+
+
+@pytest.mark.integration
 def test_every_worker_of_every_engine_has_a_rank_of_its_own(found: dict[str, Any]) -> None:
     nccl = found["nccl_032"]
     assert nccl["offsets"] == [1, 3, 5], "three engines of two workers each, after the learner"
