@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -244,23 +243,18 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 @app.command(epilog="Example: align status runs/demo-20261125-101500 --live")
 def status(
-    run: Run, live: Annotated[bool, typer.Option("--live", help="Show it anew every two seconds until Ctrl-C.")] = False
+    run: Annotated[Path, typer.Argument(metavar="RUN|JOB", help="A run folder, or with --address the id of a job.")],
+    live: Annotated[bool, typer.Option("--live", help="Show it anew every two seconds until Ctrl-C.")] = False,
+    address: Annotated[str | None, typer.Option(metavar="URL", help="The dashboard of the job's cluster.")] = None,
 ) -> None:
     """Where a run stands: state, step, time left, phases, the last values. Reads its folder; any machine that sees it will do."""
-    import time
+    from cluster.status import show
 
-    from rich.console import Console
-    from rich.live import Live
+    if address is not None:
+        from cluster.submit import Jobs
 
-    from cluster.status import status as table
-
-    if not live:
-        Console().print(table(run))
-        return
-    with contextlib.suppress(KeyboardInterrupt), Live(table(run)) as screen:
-        while True:
-            time.sleep(2)
-            screen.update(table(run))
+        run = Jobs.at(address).folder(str(run))
+    show(run, live)
 
 
 @app.command(epilog="Example: align inspect runs/demo-20261125-101500 --step 12 --ticket 731 --repeat 2 --web")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from cluster.faults import ConfigError
@@ -47,6 +51,17 @@ def status(run: Path) -> Table:
             table.add_row(f"evaluation at {row['step']}", ", ".join(f"{k[5:]} {v:.4g}" for k, v in evaluated.items()))
             break
     return table
+
+
+def show(run: Path, live: bool) -> None:
+    """Print the table; live, anew every two seconds until Ctrl-C."""
+    if not live:
+        Console().print(status(run))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(status(run)) as screen:
+        while True:
+            time.sleep(2)
+            screen.update(status(run))
 
 
 def state(run: Path) -> str:

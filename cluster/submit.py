@@ -200,6 +200,20 @@ class Jobs:
         self.status(job_id)
         return str(self.ask(lambda: self.client.get_job_logs(job_id), job_id))
 
+    def folder(self, job_id: str) -> Path:
+        """The run folder of a job; raises as `status` does.
+
+        Raises:
+            ConfigError: If it is no job of `align`, or its folder is not seen from here.
+        """
+        path = Path((self.status(job_id).metadata or {}).get("align_run_dir", ""))
+        if not path.is_absolute():
+            raise ConfigError(f"job {job_id} was not submitted by align", "name its run folder instead")
+        if not path.is_dir():
+            advice = f"align status {path} on a machine of the cluster, or align jobs logs {job_id}"
+            raise ConfigError(f"run folder {path} of job {job_id} is not seen from here", advice)
+        return path
+
     def list(self) -> list[Any]:
         """The jobs that were submitted by `align`, oldest first."""
         found = [job for job in self.ask(self.client.list_jobs) if "align_run" in (job.metadata or {})]

@@ -297,6 +297,16 @@ def test_a_cluster_that_has_just_started_is_given_a_minute_for_its_agent(cfg: An
 # --- stopping ------------------------------------------------------------------------------------------------------
 
 
+def test_the_run_of_a_job_is_found_by_its_id_where_its_folder_is_seen(tmp_path: Path) -> None:
+    own = details(metadata={"align_run": "x", "align_run_dir": str(tmp_path)})
+    assert jobs_of(FakeClient([own])).folder("demo") == tmp_path
+    far = details(metadata={"align_run": "x", "align_run_dir": str(tmp_path / "far")})
+    with pytest.raises(ConfigError, match=r"far of job demo is not seen from here\n.*align jobs logs demo"):
+        jobs_of(FakeClient([far])).folder("demo")
+    with pytest.raises(ConfigError, match="job demo was not submitted by align"):
+        jobs_of(FakeClient([details()])).folder("demo")
+
+
 def test_a_job_is_waited_for_after_it_was_told_to_stop() -> None:
     client = FakeClient([details(), details(), details("STOPPED")])
     assert jobs_of(client).stop("demo") == "STOPPED"

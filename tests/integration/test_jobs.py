@@ -88,6 +88,8 @@ def test_a_job_is_submitted_followed_stopped_and_resumed(head: Head, tmp_path: P
 
     code, console = at(head, "jobs", "list")
     assert [line.split()[:2] for line in console.splitlines()] == [["first", "STOPPED"], ["second", "SUCCEEDED"]]
+    code, console = at(head, "status", "second")
+    assert code == 0 and "finished" in console, console
     written = [path for root in (head.folder, tmp_path) for path in root.rglob("*") if path.is_file()]
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
     assert [p for p in psutil.process_iter(["cmdline"]) if SECRET in " ".join(p.info["cmdline"] or [])] == []
