@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.redaction import redact
+
 if TYPE_CHECKING:
-    from cluster.redaction import redact
-from cluster.alerts import Alert
+    from cluster.alerts import Alert
 
 _COLUMNS = (  # heading, metric, format, width
     ("reward/tok", "reward/token_mean", "{:.4f}", 10),
