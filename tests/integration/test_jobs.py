@@ -37,7 +37,11 @@ def ray_job(head: Head, *arguments: str | Path) -> str:
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["ray", "job", arguments[0], "--address", head.address, *arguments[1:]]
     environment = os.environ | head.environment | path
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    for _ in range(10):  # a cluster that has just started has no agent for a while
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if "No available agent" not in done.stderr + done.stdout:
+            break
+        time.sleep(3)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
