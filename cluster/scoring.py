@@ -37,9 +37,8 @@ class ScorerHandle(Handle):
     async def score(self, rollout: Rollout) -> Rollout:
         """The rollout with its outcomes, and its rewards still behind a reference."""
         scores, summary = self.actor.score.options(num_returns=2).remote(rollout.payload)
-        verifying_s = self.verifier_deadline_s * len(
-            rollout.ticket.seeds
-        )  # each may hang, and only that one is lost then
+        # Each answer may hang until its own deadline, which costs that answer alone.
+        verifying_s = self.verifier_deadline_s * len(rollout.ticket.seeds)
         verdict: Verdict = await self.answer(summary, "score", self.cfg.score_deadline_s + verifying_s)
         self.busy_s += verdict.ended_s - verdict.began_s
         spans = (*rollout.spans, Span(self.role, self.rank, verdict.began_s, verdict.ended_s))
