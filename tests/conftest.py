@@ -10,7 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from align.policy import Policy
+from align.model.policy import Policy
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,:<>我今天去了公园玩吃睡"
 VOCAB_SIZE = 64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ from typer.testing import CliRunner
 
 from align.metrics import GLOSSARY
 from cluster.cli import app
-from cluster.config import RunConfig
+from cluster.spec.config import RunConfig
+from tests.places import REPOSITORY, RESULTS
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "deploy" / "runs" / "results"
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def section(name: str) -> str:
@@ -212,7 +210,7 @@ def test_every_command_of_the_readme_exists() -> None:
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", README, flags=re.M)) <= targets
 
 
@@ -230,4 +228,4 @@ def test_every_file_of_the_file_map_exists() -> None:
         names = re.findall(r"`([^`]+)`", row)
         folder = names[0].split("/")[0]
         for name in names:
-            assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name
+            assert (REPOSITORY / name).exists() or (REPOSITORY / folder / name).exists(), name

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FILES = sorted(path for package in ("align", "cluster") for path in (ROOT / package).rglob("*.py"))
+from tests.places import REPOSITORY
+
+FILES = sorted(path for package in ("align", "cluster") for path in (REPOSITORY / package).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 MAY_IMPORT_RAY = {"placement", "handles", "reservation", "submit", "doctor", "plan", "faults", "engine", "prometheus"}
@@ -29,13 +30,13 @@ def tree(path: Path) -> ast.Module:
 
 
 def name_of(path: Path) -> str:
-    """`cluster/engine.py` and `cluster/engine/receiver.py` are both "engine"."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    """`cluster/actors/engine/engine.py` and `cluster/actors/engine/receiver.py` are both "engine"."""
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
     return parts[1]
 
 
 def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -81,9 +82,9 @@ def functions(path: Path) -> Iterator[Function]:
 
 def test_importing_the_algorithm_the_config_and_the_loop_loads_no_ray_no_vllm_and_no_wandb() -> None:
     modules = ["align", *(module_of(p) for p in FILES if p.parts[-2] == "align" and p.stem != "__init__")]
-    code = f"import sys, cluster.config, cluster.loop, {', '.join(modules)}; print(*sys.modules)"
+    code = f"import sys, cluster.spec.config, cluster.loop.loop, {', '.join(modules)}; print(*sys.modules)"
     loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
     )
     names = {name.split(".")[0] for name in loaded.stdout.split()}
     assert {"align", "cluster"} <= names
@@ -105,7 +106,12 @@ def test_each_heavy_package_is_imported_in_its_place_alone() -> None:
 
 
 def test_the_loop_imports_no_torch_either() -> None:
-    assert not {m.split(".")[0] for m in imports(ROOT / "cluster" / "loop.py")} & {"torch", "ray", "vllm", "wandb"}
+    assert not {m.split(".")[0] for m in imports(REPOSITORY / "cluster" / "loop.py")} & {
+        "torch",
+        "ray",
+        "vllm",
+        "wandb",
+    }
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
@@ -129,7 +135,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 # --- size and names ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_no_file_is_too_long_and_none_of_its_functions(path: Path) -> None:
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
     assert num_lines <= MAX_FILE_LINES
@@ -139,7 +145,7 @@ def test_no_file_is_too_long_and_none_of_its_functions(path: Path) -> None:
 
 def test_no_file_and_no_folder_has_a_name_that_says_nothing() -> None:
     empty = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
-    names = {part.removesuffix(".py") for path in FILES for part in path.relative_to(ROOT).parts}
+    names = {part.removesuffix(".py") for path in FILES for part in path.relative_to(REPOSITORY).parts}
     assert "returns" in names
     assert not names & empty
 
@@ -178,7 +184,7 @@ IMPURE = {
 def test_the_mathematics_takes_tensors_and_numbers_and_calls_no_generator_no_device_and_no_other_rank(
     name: str,
 ) -> None:
-    path = ROOT / "align" / f"{name}.py"
+    path = REPOSITORY / "align" / f"{name}.py"
     assert {module.split(".")[0] for module in imports(path)} <= {"__future__", "torch", "math"}
     annotations = {
         ast.unparse(argument.annotation)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from align.bundles import BUNDLES
+from align.algorithm.bundles import BUNDLES
 
 KL_HORIZON = 10_000  # of Ziegler et al. (2019), in the code that they published
 GROUP_BASELINES = ("group_mean", "group_outcome_mean", "leave_one_out")

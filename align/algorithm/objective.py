@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from align import corrections, distillation, guards, losses, returns, surrogates
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch
+from align.algorithm import corrections, distillation, guards, losses, returns, surrogates
+from align.algorithm.config import AlgorithmConfig
+from align.data.batching import Batch
 from align.metrics import Metric
-from align.policy import TokenLogprobs
+from align.model.policy import TokenLogprobs
 
 
 class Objective:

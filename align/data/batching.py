@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.types import FinishReason, ScoredGroup, TokenRewards, Trajectory
+from align.data.types import FinishReason, ScoredGroup, TokenRewards, Trajectory
 
 
 @dataclass(frozen=True, slots=True)

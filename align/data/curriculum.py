@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from align.prompts import derive_seed
-from align.types import Ticket
+from align.data.prompts import derive_seed
+from align.data.types import Ticket
 
 
 class CurriculumConfig(BaseModel):

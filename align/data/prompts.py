@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from align.tasks import TaskSection, task_rows
-from align.types import Prompt, Ticket
+from align.data.tasks import TaskSection, task_rows
+from align.data.types import Prompt, Ticket
 
 Row = Mapping[str, Any]
 

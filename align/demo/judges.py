@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from align.world import is_grammatical
+from align.demo.language import is_grammatical
 
 Judge = Callable[[str], bool]
 

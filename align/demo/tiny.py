@@ -1,6 +1,6 @@
 """Builds the small tokenizer, models and prompts that the demo and the tests use; nothing is downloaded.
 
-A folder made here is a complete alignment task in the world of `align.world`:
+A folder made here is a complete alignment task in the world of `align.demo.language`:
 
     reference/               causal LM trained on clean sentences, with its tokenizer (Hugging Face folder)
     policy/                  a copy of the reference trained further on corrupted sentences, with the same tokenizer
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from align import world
-from align.models import file_sha256
+from align.demo import language as world
+from align.model.sources import file_sha256
 
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align import losses, returns
-from align.batching import Batch, micro_batches
+from align.algorithm import losses, returns
+from align.data.batching import Batch, micro_batches
+from align.learner.optimizer import Optimizer, OptimizerConfig
 from align.metrics import Metric
-from align.model_folder import checked_model_directory
-from align.optimizer import Optimizer, OptimizerConfig
-from align.policy import DTYPES
+from align.model.folder import checked_model_directory
+from align.model.policy import DTYPES
 
 
 class CriticConfig(BaseModel):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.batching import Batch
-from align.policy import Policy
-from align.prompts import derive_seed
+from align.data.batching import Batch
+from align.data.prompts import derive_seed
+from align.model.policy import Policy
 
 Cut = Callable[[Sequence[int]], Sequence[Sequence[int]]]
 

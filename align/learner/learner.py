@@ -17,17 +17,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from align import losses
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, micro_batches
-from align.critic import Critic, critic_metrics
-from align.epochs import minibatches, old_logprobs
-from align.head import MAX_LOGITS_BYTES
+from align.algorithm import losses
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective, mean, off_policy_metrics
+from align.data.batching import Batch, micro_batches
+from align.data.packing import pack
+from align.learner.critic import Critic, critic_metrics
+from align.learner.epochs import minibatches, old_logprobs
+from align.learner.optimizer import Optimizer, OptimizerConfig
 from align.metrics import Metric
-from align.objective import Objective, mean, off_policy_metrics
-from align.optimizer import Optimizer, OptimizerConfig
-from align.packing import pack
-from align.policy import Policy, TokenLogprobs
+from align.model.head import MAX_LOGITS_BYTES
+from align.model.policy import Policy, TokenLogprobs
 
 
 class LearnerConfig(BaseModel):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from align.moments import Moments
-from align.ranks import like, named_shards, of_all, own_shard, whole
+from align.learner.moments import Moments
+from align.model.ranks import like, named_shards, of_all, own_shard, whole
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 

@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.ranks import like, whole
+from align.model.ranks import like, whole
 
 MAX_ENGINE_RANK = 512  # vLLM's
 PEFT_PREFIX = "base_model.model."  # of every name in a folder of peft

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import attention
-from align.adapters import Adapter, merged, trained_first
-from align.head import MAX_LOGITS_BYTES, Head
-from align.model_folder import LOCAL, attention_of, checked_model_directory, load_tokenizer, stored
-from align.ranks import Ranks, is_sharded, named_shards, shard, whole
-from align.support import restricted
-from align.trunk import Trunk
+from align.model import attention
+from align.model.adapters import Adapter, merged, trained_first
+from align.model.folder import LOCAL, attention_of, checked_model_directory, load_tokenizer, stored
+from align.model.head import MAX_LOGITS_BYTES, Head
+from align.model.ranks import Ranks, is_sharded, named_shards, shard, whole
+from align.model.support import restricted
+from align.model.trunk import Trunk
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,7 +98,7 @@ class Policy:
         return cls(model.to(device).eval(), load_tokenizer(directory), compute_dtype)
 
     def shard(self, ranks: Ranks) -> None:
-        """Hold a shard of the parameters from now on; see `align.ranks.shard`. Every verb then takes all ranks at once."""
+        """Hold a shard of the parameters from now on; see `align.model.ranks.shard`. Every verb then takes all ranks at once."""
         shard(self.model, ranks)
         self.ranks = ranks
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import attention
-from align.head import MAX_LOGITS_BYTES, Head
+from align.model import attention
+from align.model.head import MAX_LOGITS_BYTES, Head
 
 _TRIAL_LENGTHS = (5, 3)
 _TRIAL_TOLERANCE = 1e-3  # of the largest logit; states that leak from sequence to sequence change logits by far more
@@ -24,7 +24,7 @@ class Trunk:
     ways of its own, and state-space layers carry their state from one sequence into the next.
 
     Args:
-        model: Any `AutoModelForCausalLM`, perhaps wrapped. Its attention becomes `align.attention` where it was `sdpa`.
+        model: Any `AutoModelForCausalLM`, perhaps wrapped. Its attention becomes `align.model.attention` where it was `sdpa`.
 
     Attributes:
         has_head: Whether `head` is the model's; otherwise hidden states are logits.

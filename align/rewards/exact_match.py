@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from align.data.types import Prompt
 from align.rewards.extraction import Extraction
-from align.types import Prompt
 
 
 class ExactMatchConfig(Extraction):

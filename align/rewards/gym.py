@@ -1,4 +1,4 @@
-"""The scoring functions of `reasoning-gym`, for prompts that its generators made (see `align.tasks`)."""
+"""The scoring functions of `reasoning-gym`, for prompts that its generators made (see `align.data.tasks`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from align.data.tasks import reasoning_gym
+from align.data.types import Prompt
 from align.rewards.extraction import Extraction
-from align.tasks import reasoning_gym
-from align.types import Prompt
 
 
 class GymRewardConfig(Extraction):

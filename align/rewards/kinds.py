@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from align.rewards import Reward
+from align.data.types import Group, TokenRewards
 from align.rewards.exact_match import ExactMatch, ExactMatchConfig
 from align.rewards.gym import GymRewardConfig, GymVerifier
 from align.rewards.outcome import DEADLINE_S, Decode, Verifier, VerifierReward
 from align.rewards.overlong import OverlongConfig, OverlongReward
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
-from align.types import Group, TokenRewards
+from align.rewards.reward import Reward
 
 
 def _reference_unless_named(value: Any) -> Any:

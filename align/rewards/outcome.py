@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from align.data.types import Group, Prompt, TokenRewards, Trajectory
 from align.rewards.deadline import deadline
-from align.types import Group, Prompt, TokenRewards, Trajectory
 
 Decode = Callable[[Sequence[int]], str]
 DEADLINE_S = 10.0

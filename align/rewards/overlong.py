@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from align.data.types import Group, TokenRewards
 from align.rewards.outcome import at_the_end
-from align.types import Group, TokenRewards
 
 
 class OverlongConfig(BaseModel):

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.batching import micro_batches
-from align.packing import pack
-from align.policy import Policy
+from align.data.batching import micro_batches
+from align.data.packing import pack
+from align.data.types import FloatArray, Group, TokenRewards, TopTokens, Trajectory
+from align.model.policy import Policy
 from align.rewards.steps import paid_by_step, step_ends
-from align.types import FloatArray, Group, TokenRewards, TopTokens, Trajectory
 
 
 class ReferenceRewardConfig(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from align.types import Group, TokenRewards
+from align.data.types import Group, TokenRewards
 
 
 class Reward(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from align.types import BoolArray, FloatArray
+from align.data.types import BoolArray, FloatArray
 
 
 def step_ends(pieces: Sequence[str], mask: BoolArray, separator: str) -> BoolArray:

@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from align.adapters import Adapter, AdapterConfig
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.critic import Critic, CriticConfig
-from align.judges import JUDGES
-from align.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
-from align.losses import exact_kl
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.losses import exact_kl
+from align.data.batching import Batch, collate
+from align.data.types import FloatArray, Group, Prompt, ScoredGroup, TokenRewards, Trajectory
+from align.demo.judges import JUDGES
+from align.learner.critic import Critic, CriticConfig
+from align.learner.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
+from align.learner.optimizer import OptimizerConfig
 from align.metrics import Metric
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
-from align.ranks import Meeting, host, join
+from align.model.adapters import Adapter, AdapterConfig
+from align.model.policy import Policy
+from align.model.ranks import Meeting, host, join
 from align.rewards.kinds import RewardConfig, verifier_of
 from align.rewards.outcome import DEADLINE_S, verify
-from align.types import FloatArray, Group, Prompt, ScoredGroup, TokenRewards, Trajectory
-from cluster import transcripts
+from cluster.actors.scorer import completion_log_distributions
+from cluster.actors.weights import ExportedWeights, Link, WireWeights, export_weights, inspect
 from cluster.faults import TrainingDiverged
-from cluster.scorer import completion_log_distributions
-from cluster.weights import ExportedWeights, Link, WireWeights, export_weights, inspect
+from cluster.record import transcripts
 
 if TYPE_CHECKING:
-    from cluster.engine.sender import Sender
+    from cluster.actors.engine.sender import Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ class LearnerActor:
             self.sender.close()
             self.sender = None
         if engines:
-            from cluster.engine.sender import connect
+            from cluster.actors.engine.sender import connect
 
             self.sender = connect(engines, self.wire, link)
 

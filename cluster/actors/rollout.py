@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.adapters import AdapterConfig
-from align.types import FinishReason, Group, Ticket, Trajectory
+from align.data.types import FinishReason, Group, Ticket, Trajectory
+from align.model.adapters import AdapterConfig
+from cluster.actors.usage import BusyClock
+from cluster.actors.weights import ExportedWeights
 from cluster.faults import ActorLost
-from cluster.trace import Span
-from cluster.usage import BusyClock
-from cluster.weights import ExportedWeights
+from cluster.record.trace import Span
 
 if TYPE_CHECKING:
-    from cluster.engine import Completion
+    from cluster.actors.engine.engine import Completion
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
@@ -87,12 +87,12 @@ class RolloutActor:
 
     Args:
         rank: Number of this actor.
-        settings: Keyword arguments of `cluster.engine.EngineSettings`.
+        settings: Keyword arguments of `cluster.actors.engine.engine.EngineSettings`.
         sampling: How to sample.
     """
 
     def __init__(self, rank: int, settings: dict[str, Any], sampling: SamplingConfig) -> None:
-        from cluster.engine import Engine, EngineSettings, Sampling
+        from cluster.actors.engine.engine import Engine, EngineSettings, Sampling
 
         self.rank = rank
         self.engine = Engine(EngineSettings(**settings))
@@ -127,7 +127,7 @@ class RolloutActor:
         return self.engine.version
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """One of the calls by which the learner sends weights over NCCL or CUDA IPC; see `cluster.engine.Engine`."""
+        """One of the calls by which the learner sends weights over NCCL or CUDA IPC; see its `Engine`."""
         await self._guard("connect", self.engine.init_weight_transfer_engine(init_info))
 
     async def begin_update(self) -> None:
@@ -203,7 +203,7 @@ def summarize(group: Group, span: Span) -> GroupSummary:
 def engine_settings(
     model: Path, cfg: RolloutConfig, dtype: str, seed: int, transport: str, adapter: AdapterConfig | None
 ) -> dict[str, Any]:
-    """Keyword arguments of `cluster.engine.EngineSettings`."""
+    """Keyword arguments of `cluster.actors.engine.engine.EngineSettings`."""
     return {
         "model": model,
         "dtype": dtype,

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.model_folder import load_tokenizer
-from align.policy import Policy
-from align.rewards import Reward
+from align.data.types import FloatArray, Group, Prompt, TokenRewards, Trajectory
+from align.model.folder import load_tokenizer
+from align.model.policy import Policy
 from align.rewards.kinds import RewardConfig, WithReference, make_reward, reads_reference
 from align.rewards.outcome import DEADLINE_S
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
-from align.types import FloatArray, Group, Prompt, TokenRewards, Trajectory
-from cluster.quarantine import Failure
+from align.rewards.reward import Reward
+from cluster.actors.weights import inspect
+from cluster.loop.quarantine import Failure
 from cluster.redaction import redact
-from cluster.weights import inspect
 
 
 class ScorerConfig(BaseModel):
@@ -162,7 +162,7 @@ class ScorerActor:
 
 
 def outcome(trajectory: Trajectory, score: TokenRewards) -> float:
-    """Sum of the rewards of the sampled tokens, rounded as `align.returns.outcomes` rounds it."""
+    """Sum of the rewards of the sampled tokens, rounded as `align.algorithm.returns.outcomes` rounds it."""
     return float(np.float32(score.rewards[trajectory.loss_mask].sum(dtype=np.float64)))
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from align.optimizer import OptimizerConfig
-from cluster.config import RunConfig
+from align.learner.optimizer import OptimizerConfig
+from cluster.actors.rollout import CPU_KV_CACHE_BYTES
 from cluster.faults import ConfigError
-from cluster.rollout import CPU_KV_CACHE_BYTES
-from cluster.shape import ModelShape, model_shape
+from cluster.spec.config import RunConfig
+from cluster.spec.shape import ModelShape, model_shape
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.bill import Role
+from cluster.capacity.bill import Role
 from cluster.faults import ConfigError
 
 

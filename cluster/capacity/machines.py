@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cluster.fit import Node
+from cluster.capacity.fit import Node
 
 
 def nodes(resources: Iterable[Mapping[str, float]]) -> list[Node]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cluster.bill import Arithmetic, Rates, Role, StepTime, critic_shape, roles
-from cluster.config import RunConfig
-from cluster.fit import Node
-from cluster.remedies import check_fit, size
-from cluster.shape import model_shape
+from cluster.capacity.bill import Arithmetic, Rates, Role, StepTime, critic_shape, roles
+from cluster.capacity.fit import Node
+from cluster.capacity.remedies import check_fit, size
+from cluster.spec.config import RunConfig
+from cluster.spec.shape import model_shape
 
 
 def plan(cfg: RunConfig, machines: Sequence[Node], rates: Rates | None) -> str:

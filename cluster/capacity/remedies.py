@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.bill import Role
-from cluster.config import RunConfig
+from cluster.capacity.bill import Role
+from cluster.capacity.fit import Node, unplaced
 from cluster.faults import ResourceError
-from cluster.fit import Node, unplaced
+from cluster.spec.config import RunConfig
 
 Bill = Callable[[RunConfig], Sequence[Role]]
-"""What the processes of a run need: `cluster.bill.roles` with the shapes of its models, or `cluster.bill.places`."""
+"""What the processes of a run need: `bill.roles` with the shapes of its models, or `bill.places`."""
 Change = Mapping[str, Any]
 _MOST_MACHINES = 128
 

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from align.prompts import PromptStream
-from align.types import Group, Prompt, Trajectory
-from cluster.config import RunConfig
+from align.data.prompts import PromptStream
+from align.data.types import Group, Prompt, Trajectory
 from cluster.doctor.storage import run_folder
 from cluster.doctor.verdict import Verdict
 from cluster.doctor.versions import TESTED
 from cluster.faults import ConfigError
-from cluster.handles import Handle, RolloutHandle
-from cluster.loop import Rollout
-from cluster.placement import new_learner, new_rollout, new_scorer
-from cluster.publication import canary_gap
-from cluster.reservation import reserve
-from cluster.scoring import ScorerHandle
+from cluster.fleet.handles import Handle, RolloutHandle
+from cluster.fleet.placement import new_learner, new_rollout, new_scorer
+from cluster.fleet.publication import canary_gap
+from cluster.fleet.reservation import reserve
+from cluster.fleet.scorers import ScorerHandle
+from cluster.loop.loop import Rollout
+from cluster.spec.config import RunConfig
 
 _NUM_PROMPTS = 4
 _MAX_TOKENS = 32

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+from align.data.types import Prompt
 from align.rewards.exact_match import ExactMatch
 from align.rewards.gym import GymVerifier
 from align.rewards.kinds import verifier_of
 from align.rewards.outcome import Verifier, verify
-from align.types import Prompt
-from cluster.config import RunConfig
 from cluster.doctor.verdict import Verdict
 from cluster.faults import ConfigError
+from cluster.spec.config import RunConfig
 
 _NUM_PROMPTS = 8
 

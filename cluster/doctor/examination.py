@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cluster.config import RunConfig
 from cluster.doctor.answers import answers
 from cluster.doctor.machine import machine
 from cluster.doctor.storage import disk, shared
 from cluster.doctor.tokens import tokens
 from cluster.doctor.verdict import Verdict, checked
 from cluster.faults import ResourceError
-from cluster.inputs import Inputs, load_inputs
+from cluster.spec.config import RunConfig
+from cluster.spec.inputs import Inputs, load_inputs
 
 _OWN = ("", "local")  # values of RAY_ADDRESS that name no cluster
 
@@ -53,7 +53,7 @@ def _with_ray(
     cfg: RunConfig | None, inputs: Inputs | None, quick: bool, say: Callable[[str], None]
 ) -> Iterator[Verdict]:
     """What takes a Ray: the nodes of a cluster, and the processes of a run."""
-    from cluster.train import closed_ray
+    from cluster.run.entry import closed_ray
 
     if (address := os.environ.get("RAY_ADDRESS", "")) in _OWN:
         os.environ.update(closed_ray())
@@ -62,7 +62,7 @@ def _with_ray(
             f"HOST:6379 on a machine of the cluster; from outside: ray job submit --address {address} -- align doctor"
         )
         raise ResourceError(f"{address} is a dashboard, which runs nothing on the nodes", advice)
-    from cluster.placement import ray_session
+    from cluster.fleet.placement import ray_session
 
     with ray_session(None, inputs.weights_bytes if inputs else 0):
         yield from on_the_nodes(cfg)
@@ -88,7 +88,7 @@ def before_a_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
 def on_the_nodes(cfg: RunConfig | None) -> Iterator[Verdict]:
     """Every node of the cluster that was joined; nothing for a Ray of the run's own, which is this machine alone."""
     from cluster.doctor.nodes import nodes
-    from cluster.placement import cluster_address
+    from cluster.fleet.placement import cluster_address
 
     if cluster_address() is None:
         return
@@ -127,7 +127,7 @@ def _inputs(cfg: RunConfig, loaded: list[Inputs]) -> Iterator[Verdict]:
 
 
 def _wandb(cfg: RunConfig) -> Iterator[Verdict]:
-    from cluster.sinks import check_online
+    from cluster.record.sinks.wandb.access import check_online
 
     warnings: list[str] = []
     online = check_online(cfg.wandb, warnings.append)
@@ -138,7 +138,7 @@ def _wandb(cfg: RunConfig) -> Iterator[Verdict]:
 
 def _room(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
     """Whether the run ever fits; `align plan` says more."""
-    from cluster.placement import Demand, check_cluster, check_machine, cluster_address
+    from cluster.fleet.placement import Demand, check_cluster, check_machine, cluster_address
 
     if address := cluster_address():
         check_cluster(cfg, address)

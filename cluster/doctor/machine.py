@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.doctor.network import network
 from cluster.doctor.verdict import Verdict
 from cluster.doctor.versions import installed, versions
-from cluster.processor import native_dtype
+from cluster.spec.processor import native_dtype
 
 _MIN_SHM_BYTES = 1 << 30
 _MIN_FILES = 4096

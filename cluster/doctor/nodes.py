@@ -17,7 +17,7 @@ from cluster.doctor.storage import Storage
 from cluster.doctor.verdict import Verdict
 from cluster.doctor.versions import differences, installed
 from cluster.faults import from_ray
-from cluster.placement import on_node
+from cluster.fleet.placement import on_node
 
 NODE_S = 90.0
 """Time for all nodes together to answer; a process has to start on each."""

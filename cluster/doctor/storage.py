@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.bill import Arithmetic, critic_shape
-from cluster.config import RunConfig
+from cluster.capacity.bill import Arithmetic, critic_shape
 from cluster.doctor.verdict import Verdict
-from cluster.shape import model_shape
+from cluster.spec.config import RunConfig
+from cluster.spec.shape import model_shape
 
 _SHARE = "put it on storage that every node has, under one path, and name it by that path"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from align.model_folder import LOCAL, load_tokenizer, text_config
-from align.prompts import PromptConfig
-from align.types import Prompt
-from cluster.config import RunConfig
+from align.data.prompts import PromptConfig
+from align.data.types import Prompt
+from align.model.folder import LOCAL, load_tokenizer, text_config
 from cluster.doctor.verdict import Verdict
+from cluster.spec.config import RunConfig
 
 _NUM_PROMPTS = 64
 _USER = {"role": "user", "content": "one two"}

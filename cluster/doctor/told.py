@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from cluster.config import RunConfig
 from cluster.doctor.examination import examine
 from cluster.doctor.verdict import exit_code, together
+from cluster.spec.config import RunConfig
 
 
 def tell(cfg: RunConfig | None, address: str | None, *, quick: bool, as_json: bool, echo: Callable[[str], None]) -> int:

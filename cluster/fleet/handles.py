@@ -14,13 +14,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from align.data.types import Ticket
 from align.metrics import Metric
-from align.types import Ticket
+from cluster.actors.learner import Answer
+from cluster.actors.rollout import RolloutConfig
+from cluster.actors.weights import Link
 from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights, from_ray, reason
-from cluster.learning import Answer
-from cluster.loop import Rollout
-from cluster.rollout import RolloutConfig
-from cluster.weights import Link
+from cluster.loop.loop import Rollout
 
 _CAUSE_S = 5.0  # how long Ray may take to tell that a process died
 
@@ -89,7 +89,7 @@ class RolloutHandle(Handle):
         await self.answer(self.actor.ready.remote(), "start", self.cfg.start_deadline_s)
 
     async def rollout(self, ticket: Ticket) -> Rollout:
-        """Sample one group; see `cluster.loop.RolloutActor`."""
+        """Sample one group; see the loop's `RolloutActor`."""
         if self.lost:
             raise self.lost
         payload, summary = self.actor.rollout.options(num_returns=2).remote(ticket)
@@ -128,7 +128,7 @@ class RolloutHandle(Handle):
         return answer
 
     async def usage(self) -> tuple[float, float]:
-        """Busy and elapsed seconds since the last call; see `cluster.usage.BusyClock`."""
+        """Busy and elapsed seconds since the last call; see `cluster.actors.usage.BusyClock`."""
         used: tuple[float, float] = await self.answer(self.actor.usage.remote(), "usage", self.cfg.load_deadline_s)
         return used
 
@@ -153,7 +153,7 @@ class Published:
 
 
 class LearnerHandle(Handle):
-    """The learner; see `cluster.loop.Learner`. Of several ranks the first answers, and the loss of any is that of the learner.
+    """The learner; see the loop's `Learner`. Of several ranks the first answers, and the loss of any is that of the learner.
 
     Every call goes to all ranks at once, without a wait in between, so that all of them run all calls in the same order.
 

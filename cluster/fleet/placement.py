@@ -17,23 +17,23 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from align.data.types import Ticket
 from align.rewards.kinds import verifier_of
-from align.types import Ticket
-from cluster.bill import SHARED_GPU, places
-from cluster.config import RunConfig
+from cluster.actors.learner import LearnerActor, Place
+from cluster.actors.rollout import RolloutActor, engine_settings
+from cluster.actors.scorer import ScorerActor
+from cluster.actors.weights import Link
+from cluster.capacity.bill import SHARED_GPU, places
+from cluster.capacity.fit import Node
+from cluster.capacity.machines import nodes
+from cluster.capacity.remedies import check_fit, settings_that_fit
 from cluster.faults import ResourceError
-from cluster.fit import Node
-from cluster.handles import Deadlines, LearnerHandle, RolloutHandle
-from cluster.learning import LearnerActor, Place
-from cluster.machines import nodes
-from cluster.publication import FleetHandle
-from cluster.remedies import check_fit, settings_that_fit
-from cluster.reservation import Reservation, grows_to, reserve
-from cluster.rollout import RolloutActor, engine_settings
-from cluster.scorer import ScorerActor
-from cluster.scoring import ScorerHandle, ScorerPool
-from cluster.sinks import Console
-from cluster.weights import Link
+from cluster.fleet.handles import Deadlines, LearnerHandle, RolloutHandle
+from cluster.fleet.publication import FleetHandle
+from cluster.fleet.reservation import Reservation, grows_to, reserve
+from cluster.fleet.scorers import ScorerHandle, ScorerPool
+from cluster.record.sinks.console import Console
+from cluster.spec.config import RunConfig
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -104,7 +104,7 @@ def _gpus(cfg: RunConfig, num_gpus: int) -> float:
 def ray_session(cfg: RunConfig | None, weights_bytes: int) -> Iterator[str]:
     """Join the cluster that RAY_ADDRESS names (as in a Ray job), else start Ray on this machine alone.
 
-    A local Ray listens on 127.0.0.1 only and has no dashboard; its environment was set by `cluster.train.closed_ray`.
+    A local Ray listens on 127.0.0.1 only and has no dashboard; its environment was set by `cluster.run.entry.closed_ray`.
 
     Args:
         cfg: The run, or None to look at the cluster whatever it has.

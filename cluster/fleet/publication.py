@@ -15,10 +15,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 from align.metrics import Metric
+from cluster.actors.rollout import RolloutConfig
+from cluster.actors.weights import Link, WeightsConfig
 from cluster.faults import ActorLost, WrongWeights, reason
-from cluster.handles import LearnerHandle, Published, RolloutHandle, spend
-from cluster.rollout import RolloutConfig
-from cluster.weights import Link, WeightsConfig
+from cluster.fleet.handles import LearnerHandle, Published, RolloutHandle, spend
 
 Result = TypeVar("Result")
 
@@ -141,7 +141,7 @@ async def if_there(actor: RolloutHandle, work: Callable[[], Coroutine[Any, Any, 
 
 
 class FleetHandle:
-    """All rollout actors and the publication to them; see `cluster.loop.Fleet`.
+    """All rollout actors and the publication to them; see the loop's `Fleet`.
 
     Args:
         actors: The handles.

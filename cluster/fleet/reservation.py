@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.bill import places
-from cluster.config import RunConfig
+from cluster.capacity.bill import places
+from cluster.capacity.remedies import need
 from cluster.faults import ResourceError
-from cluster.remedies import need
+from cluster.spec.config import RunConfig
 
 _PROGRESS_S = 30.0
 _SLICE_S = 1  # Ray takes whole seconds; short, so that Ctrl-C is heard

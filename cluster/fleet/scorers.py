@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from align.data.types import Prompt
 from align.metrics import Metric
-from align.types import Prompt
+from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, WrongWeights, reason
-from cluster.handles import Handle, spend
-from cluster.loop import Rollout
-from cluster.reference import SavedReference
-from cluster.scorer import ScorerConfig, Verdict
-from cluster.trace import Span
+from cluster.fleet.handles import Handle, spend
+from cluster.loop.loop import Rollout
+from cluster.record.trace import Span
+from cluster.run.moving_reference import SavedReference
 
 Result = TypeVar("Result")
 
@@ -70,7 +70,7 @@ class ScorerHandle(Handle):
 
 
 class ScorerPool:
-    """All scorers; see `cluster.loop.Scorer`. A lost scorer is replaced and asked again.
+    """All scorers; see the loop's `Scorer`. A lost scorer is replaced and asked again.
 
     Args:
         scorers: The handles.
@@ -116,7 +116,7 @@ class ScorerPool:
         return await self._ask(lambda scorer: scorer.score(rollout))
 
     def end_step(self) -> list[Metric]:
-        """See `cluster.loop.Scorer`. `idle = 1 - time in calls that ended since the last call / (time since then * scorers)`."""
+        """See the loop's `Scorer`. `idle = 1 - time in calls that ended since the last call / (time since then * scorers)`."""
         now, busy_s = self._now(), sum(scorer.busy_s for scorer in self.scorers)
         idle = 1 - busy_s / ((now - self._since) * len(self.scorers))
         self._since = now

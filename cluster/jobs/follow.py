@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.faults import INTERRUPTED, ClusterAway, ResourceError, reason
-from cluster.submit import TERMINAL, Jobs
+from cluster.jobs.submit import TERMINAL, Jobs
 
 AWAY_S = 300.0
 _PENDING_S = 30.0

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.bill import Role, critic_shape, places, roles
-from cluster.config import RunConfig
+from cluster.capacity.bill import Role, critic_shape, places, roles
+from cluster.capacity.machines import is_fixed, nodes, with_memory
+from cluster.capacity.remedies import Bill, check_fit
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
-from cluster.machines import is_fixed, nodes, with_memory
-from cluster.remedies import Bill, check_fit
-from cluster.shape import model_shape
-from cluster.upload import RUN_FILE, stage
-from cluster.wandb_link import known_run_id
+from cluster.jobs.upload import RUN_FILE, stage
+from cluster.record.sinks.wandb.identity import known_run_id
+from cluster.spec.config import RunConfig
+from cluster.spec.shape import model_shape
 
 STOP_GRACE_S = 120
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")

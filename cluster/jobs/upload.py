@@ -10,9 +10,9 @@ import tomli_w
 
 import align
 import cluster
-from cluster.config import RunConfig
 from cluster.faults import ConfigError
-from cluster.folder import resolved
+from cluster.record.folder import resolved
+from cluster.spec.config import RunConfig
 
 RUN_FILE = "run.toml"
 MAX_BYTES = 256 << 20

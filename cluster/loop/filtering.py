@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.curriculum import CurriculumConfig, PassRates
+from align.data.curriculum import CurriculumConfig, PassRates
+from align.data.types import Ticket
 from align.metrics import Metric
-from align.types import Ticket
 from cluster.faults import NoSignal
 
 _SPREAD = (
@@ -73,7 +73,7 @@ class Filter:
         self._pass_rates = PassRates(cfg.curriculum, seed, state["rates"]) if cfg.curriculum else None
 
     def visits(self, ticket: Ticket) -> bool:
-        """Whether a new ticket is rolled out or skipped; see `align.prompts.PromptStream`."""
+        """Whether a new ticket is rolled out or skipped; see `align.data.prompts.PromptStream`."""
         if self._pass_rates is None or self._pass_rates.visits(ticket):
             return True
         self.num_skipped += 1

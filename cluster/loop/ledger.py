@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from align.metrics import Metric
-from cluster.goodput import Goodput
+from cluster.loop.goodput import Goodput
 
 
 class Ledger:

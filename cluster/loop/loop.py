@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from align.data.prompts import PromptStream
+from align.data.types import Ticket
 from align.metrics import Metric, reduce
-from align.prompts import PromptStream
-from align.types import Ticket
-from cluster.buffer import Buffer
 from cluster.faults import ActorLost, StalenessViolation
-from cluster.filtering import Filter
-from cluster.ledger import Ledger
-from cluster.quarantine import Failure, Quarantine
-from cluster.trace import Span
+from cluster.loop.buffer import Buffer
+from cluster.loop.filtering import Filter
+from cluster.loop.ledger import Ledger
+from cluster.loop.quarantine import Failure, Quarantine
+from cluster.record.trace import Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from align.data.types import Ticket
 from align.metrics import Metric
-from align.types import Ticket
 from cluster.faults import RewardError
 from cluster.redaction import redact
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.judges import JUDGES
-from cluster.folder import write_atomically
-from cluster.goodput import shares
-from cluster.learning import Answer
+from align.demo.judges import JUDGES
+from cluster.actors.learner import Answer
+from cluster.loop.goodput import shares
+from cluster.record.folder import write_atomically
 
 Row = Mapping[str, Any]
 PHASES = ("rollout_wait", "update", "publish", "other")  # of a step, which they add up to

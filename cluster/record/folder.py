@@ -16,9 +16,9 @@ from typing import Any
 
 import tomli_w
 
-from align.models import file_sha256
-from cluster.config import RunConfig
+from align.model.sources import file_sha256
 from cluster.faults import RunFolderError
+from cluster.spec.config import RunConfig
 
 _PACKAGES = (
     "align",

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from align.types import ScoredGroup
+from align.data.types import ScoredGroup
 from cluster.faults import ConfigError
 
 if TYPE_CHECKING:
-    from align.learner import UpdateStats
+    from align.learner.learner import UpdateStats
 
 Row = dict[str, Any]
 _T = TypeVar("_T")
@@ -176,7 +176,7 @@ class Trajectories:
         Raises:
             ConfigError: If none of them is there.
         """
-        from align.model_folder import load_tokenizer
+        from align.model.folder import load_tokenizer
 
         initial = Path(tomllib.loads((self.run / "config.toml").read_text(encoding="utf-8"))["policy"]["model"])
         folders = [self.run / "policy", *sorted(self.run.glob("checkpoints/step_*/policy")), initial]

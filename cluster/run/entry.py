@@ -9,15 +9,16 @@ import time
 import traceback
 
 from align.rewards.kinds import reads_reference
-from cluster.config import RunConfig
 from cluster.doctor.verdict import require
 from cluster.faults import INTERRUPTED, RunError
-from cluster.folder import RunFolder
-from cluster.inputs import Inputs, load_inputs
-from cluster.memory import MemoryMeter
-from cluster.processor import native_dtype
+from cluster.record.folder import RunFolder
+from cluster.record.sinks.console import Console
+from cluster.record.sinks.wandb.access import check_online
 from cluster.redaction import redact
-from cluster.sinks import Console, check_online
+from cluster.run.memory import MemoryMeter
+from cluster.spec.config import RunConfig
+from cluster.spec.inputs import Inputs, load_inputs
+from cluster.spec.processor import native_dtype
 
 
 def train(cfg: RunConfig) -> int:
@@ -30,8 +31,8 @@ def train(cfg: RunConfig) -> int:
         if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
             os.environ.update(closed_ray())
         from cluster.doctor.examination import before_a_run, on_the_nodes
-        from cluster.placement import check_machine, cluster_address, ray_session
-        from cluster.training import Training
+        from cluster.fleet.placement import check_machine, cluster_address, ray_session
+        from cluster.run.run import Training
 
         if cluster_address() is None:
             check_machine(cfg, inputs.weights_bytes)

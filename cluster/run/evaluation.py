@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from align.data.prompts import PromptStream
+from align.data.types import Prompt, Ticket
 from align.metrics import Metric
-from align.prompts import PromptStream
-from align.types import Prompt, Ticket
+from cluster.actors.learner import Answer
 from cluster.faults import ActorLost
-from cluster.learning import Answer
-from cluster.loop import Rollout
-from cluster.placement import Workers
-from cluster.publication import FleetHandle
+from cluster.fleet.placement import Workers
+from cluster.fleet.publication import FleetHandle
+from cluster.loop.loop import Rollout
 
 _DISTRIBUTION_BYTES = 128 << 20  # whole-vocabulary distributions that travel at once
 _NUM_JUDGED = 16  # groups in one call of the learner, which has a deadline

@@ -13,40 +13,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from align.data.prompts import PromptStream, derive_seed
 from align.metrics import Metric, reduce
-from align.prompts import PromptStream, derive_seed
-from cluster import checkpoint
-from cluster.alerts import Alerts
-from cluster.buffer import Buffer
-from cluster.config import RunConfig
-from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.faults import INTERRUPTED
-from cluster.filtering import Filter
-from cluster.folder import RunFolder, resolved, write_atomically
-from cluster.goodput import Goodput
-from cluster.inputs import Inputs
-from cluster.ledger import Ledger
-from cluster.loop import Rollout, Run, run_loop
-from cluster.memory import MemoryMeter
-from cluster.placement import cluster_address, start_workers
-from cluster.prometheus import PrometheusSink
-from cluster.quarantine import Quarantine
+from cluster.fleet.placement import cluster_address, start_workers
+from cluster.loop.buffer import Buffer
+from cluster.loop.filtering import Filter
+from cluster.loop.goodput import Goodput
+from cluster.loop.ledger import Ledger
+from cluster.loop.loop import Rollout, Run, run_loop
+from cluster.loop.quarantine import Quarantine
+from cluster.record import checkpoint
+from cluster.record.alerts import Alerts
+from cluster.record.figures import Samples, read_lines, read_rows, seconds_so_far, summarize_run
+from cluster.record.folder import RunFolder, resolved, write_atomically
+from cluster.record.sinks.console import Console
+from cluster.record.sinks.jsonl import JsonLines
+from cluster.record.sinks.prometheus import PrometheusSink
+from cluster.record.sinks.sink import Sink, Sinks
+from cluster.record.sinks.wandb.access import entity_of
+from cluster.record.sinks.wandb.artifacts import WandbArtifacts
+from cluster.record.sinks.wandb.identity import known_run_id, whereabouts
+from cluster.record.sinks.wandb.sink import WandbSink
+from cluster.record.sinks.wandb.tables import TrajectoryTables
+from cluster.record.trace import Trace
 from cluster.redaction import redact
-from cluster.reference import MovingReference
-from cluster.report import verdict, write_report
-from cluster.sinks import (
-    Console,
-    JsonLines,
-    Sink,
-    Sinks,
-    TrajectoryTables,
-    WandbArtifacts,
-    WandbSink,
-    entity_of,
-)
-from cluster.summary import Samples, read_lines, read_rows, seconds_so_far, summarize_run
-from cluster.trace import Trace
-from cluster.wandb_link import known_run_id, whereabouts
+from cluster.run.evaluation import Evaluator, fixed_tickets, metrics_of
+from cluster.run.memory import MemoryMeter
+from cluster.run.moving_reference import MovingReference
+from cluster.spec.config import RunConfig
+from cluster.spec.inputs import Inputs
+from cluster.views.report import verdict, write_report
 
 
 class Training:
@@ -224,7 +221,7 @@ class Training:
         return "finished" if finished else "stopped"
 
     def after_group(self, rollout: Rollout) -> None:
-        """See `cluster.loop.Observer`: into the trace."""
+        """See the loop's `Observer`: into the trace."""
         if self.trace is None:
             return
         ticket = rollout.ticket
@@ -239,7 +236,7 @@ class Training:
         trace.counter("slots", time.time(), filled=buffer.num_filled, empty=used - buffer.num_filled)
 
     async def after_step(self, step: int, metrics: list[Metric]) -> None:
-        """See `cluster.loop.Observer`: evaluate, save and log."""
+        """See the loop's `Observer`: evaluate, save and log."""
         self.alerts.close()
         if self.trace:
             self.trace.step(step, reduce(metrics), time.time())

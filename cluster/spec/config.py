@@ -10,26 +10,26 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from align.adapters import AdapterConfig
-from align.algorithms import GROUP_BASELINES, OUTCOME_BASELINES, AlgorithmConfig
-from align.critic import CriticConfig
-from align.judges import JUDGES
-from align.learner import LearnerConfig
-from align.optimizer import OptimizerConfig
-from align.prompts import PromptConfig
+from align.algorithm.config import GROUP_BASELINES, OUTCOME_BASELINES, AlgorithmConfig
+from align.data.prompts import PromptConfig
+from align.demo.judges import JUDGES
+from align.learner.critic import CriticConfig
+from align.learner.learner import LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.adapters import AdapterConfig
 from align.rewards.kinds import RewardSection, kinds_in, reads_reference, verifier_of
 from align.rewards.overlong import OverlongConfig
 from align.rewards.reference import ReferenceRewardConfig
-from cluster.alerts import AlertConfig
-from cluster.explanation import explain
+from cluster.actors.rollout import RolloutConfig, SamplingConfig
+from cluster.actors.scorer import ScorerConfig
+from cluster.actors.weights import WeightsConfig
 from cluster.faults import ConfigError
-from cluster.filtering import FilterConfig
-from cluster.processor import native_dtype
-from cluster.quarantine import QuarantineConfig
-from cluster.rollout import RolloutConfig, SamplingConfig
-from cluster.scorer import ScorerConfig
-from cluster.sinks import WandbConfig
-from cluster.weights import WeightsConfig
+from cluster.loop.filtering import FilterConfig
+from cluster.loop.quarantine import QuarantineConfig
+from cluster.record.alerts import AlertConfig
+from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.spec.explanation import explain
+from cluster.spec.processor import native_dtype
 
 
 class Section(BaseModel):

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.model_folder import checked_model_directory, text_config
-from align.moments import eight_bit_kernels
-from align.prompts import load_prompts
+from align.data.prompts import load_prompts
+from align.data.types import Prompt
+from align.learner.moments import eight_bit_kernels
+from align.model.folder import checked_model_directory, text_config
 from align.rewards.kinds import verifier_of
-from align.types import Prompt
-from cluster.config import RunConfig
 from cluster.faults import ConfigError
-from cluster.shape import model_shape
+from cluster.spec.config import RunConfig
+from cluster.spec.shape import model_shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.adapters import Adapter, AdapterConfig
-from align.model_folder import empty_model
+from align.model.adapters import Adapter, AdapterConfig
+from align.model.folder import empty_model
 from cluster.faults import ConfigError
 
 

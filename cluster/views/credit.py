@@ -1,7 +1,7 @@
 """Who got the credit: advantages of a step's tokens and their pull on its loss, from what is on disk.
 
 The advantages are those that the update recorded. An update that did not end has recorded none: then the run's own code
-(`align.objective`) turns the recorded rewards into the same advantages, unless it takes a critic, whose values are not there.
+(its objective) turns the recorded rewards into the same advantages, unless it takes a critic, whose values are not there.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from align.algorithms import AlgorithmConfig
-from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
-from cluster.summary import read_rows
-from cluster.transcripts import Row, Trajectories
+from align.algorithm.config import AlgorithmConfig
+from align.data.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
+from cluster.record.figures import read_rows
+from cluster.record.transcripts import Row, Trajectories
 
 if TYPE_CHECKING:
-    from align.batching import Batch
+    from align.data.batching import Batch
 
 PULL = "pull = w × A × (1 − p)"
 PULL_MEANING = (
@@ -93,8 +93,8 @@ def credits(rows: Sequence[Row], algorithm: AlgorithmConfig, kl_coefficient: flo
     Raises:
         CreditUnknown: If they need something that is not recorded.
     """
-    from align.batching import collate
-    from align.objective import Objective
+    from align.algorithm.objective import Objective
+    from align.data.batching import collate
 
     objective = Objective(algorithm)
     if kl_coefficient is not None:

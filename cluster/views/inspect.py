@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.credit import PULL, PULL_MEANING, Credit, CreditUnknown, step_credits
 from cluster.faults import ConfigError
-from cluster.selection import ORDERS, Selection, Summary, ends
-from cluster.transcripts import Brief, Row, Trajectories, excerpt, returns
+from cluster.record.transcripts import Brief, Row, Trajectories, excerpt, returns
+from cluster.views.credit import PULL, PULL_MEANING, Credit, CreditUnknown, step_credits
+from cluster.views.selection import ORDERS, Selection, Summary, ends
 
 _SHOWN = 60  # characters of a text in a table
 PULLED = "pull"

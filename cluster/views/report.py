@@ -16,9 +16,9 @@ import jinja2
 from markupsafe import Markup
 
 from align.metrics import GLOSSARY, Definition
-from cluster import curves
-from cluster.goodput import FATES
-from cluster.summary import PHASES, ROLES
+from cluster.loop.goodput import FATES
+from cluster.record.figures import PHASES, ROLES
+from cluster.views import plots as curves
 
 OUTCOMES = (
     ("KL per token to the reference", "held-out prompts", "kl_per_token", ""),

@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster.faults import ConfigError
-from cluster.goodput import shares
-from cluster.summary import ROLES, read_rows, time_shares
+from cluster.loop.goodput import shares
+from cluster.record.figures import ROLES, read_rows, time_shares
 
 _SHOWN = (
     *("reward/trajectory_mean", "kl/behavior_reference", "policy/entropy", "optimizer/grad_norm", "staleness/max"),

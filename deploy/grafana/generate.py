@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from align.metrics import GLOSSARY
-from cluster.prometheus import gauge_name
+from cluster.record.sinks.prometheus import gauge_name
 
 HERE = Path(__file__).parent
 NOTE = "# Made by deploy/grafana/generate.py from align/metrics.py; change those.\n"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
 from align.metrics import GLOSSARY, Metric, reduce
+from tests.places import REPOSITORY
 
-SOURCES = [path for package in ("align", "cluster") for path in (Path(__file__).parent.parent / package).rglob("*.py")]
+SOURCES = [path for package in ("align", "cluster") for path in (REPOSITORY / package).rglob("*.py")]
 
 
 def test_a_mean_weighs_every_part() -> None:

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.folder import write_atomically
-from tests.integration.runs import REPOSITORY, align, summary
+from cluster.record.folder import write_atomically
+from tests.harness.commands import align, summary
+from tests.places import REPOSITORY
 
 RUN_FILES = REPOSITORY / "deploy" / "runs" / "algorithms"
 RESULTS = REPOSITORY / "deploy" / "runs" / "results" / "algorithms.json"

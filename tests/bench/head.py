@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.head import Head
+from align.model.head import Head
 
 RESULT = Path("deploy/runs/results/head.json")
 NUM_TOKENS, VOCAB = 2048, 151_936

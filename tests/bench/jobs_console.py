@@ -13,8 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.integration.head import Head, ray_head
-from tests.integration.runs import REPOSITORY, align, last_step, wait_until
+from tests.harness.commands import align, last_step, wait_until
+from tests.harness.head import Head, ray_head
+from tests.places import REPOSITORY
 
 RESULT = REPOSITORY / "deploy" / "runs" / "results" / "jobs_console.txt"
 RUN = "submit deploy/runs/demo.toml --set run.dir=/shared/runs/demo --set run.steps=12 --set wandb.entity=team"

@@ -9,12 +9,12 @@ import sys
 import threading
 from pathlib import Path
 
-from cluster.selection import ORDERS
-from cluster.transcripts import Trajectories
-from cluster.web.server import Server
-from tests.browser import MISSING, chromium, resize, screenshot
+from cluster.record.transcripts import Trajectories
+from cluster.views.selection import ORDERS
+from cluster.views.web.server import Server
+from tests.harness.browser import MISSING, chromium, resize, screenshot
+from tests.places import RESULTS
 
-RESULTS = Path(__file__).parents[2] / "deploy" / "runs" / "results"
 STEP = 3
 WIDTH, HEIGHT = 1280, 940
 

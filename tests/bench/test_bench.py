@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from cluster.config import load_config
+from cluster.spec.config import load_config
 from tests.bench import staleness, variance
 
 

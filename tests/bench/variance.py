@@ -1,4 +1,4 @@
-"""Which baseline takes away how much variance: computed, not sampled, on the process of `tests/enumeration.py`.
+"""Which baseline takes away how much variance: computed, not sampled, on the process of `tests/oracles/enumeration.py`.
 
 Every batch of G trajectories that the policy can sample is enumerated and sent through the configured objective; the variance is
 the sum over all entries of the gradient. A baseline that scales the expected gradient is compared after that scale is taken out,
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from align.algorithms import AlgorithmConfig
-from tests.enumeration import Process
+from align.algorithm.config import AlgorithmConfig
+from tests.oracles.enumeration import Process
 
 RESULTS = Path("deploy/runs/results/variance.json")
 GROUP_SIZES = (2, 4)

@@ -14,10 +14,10 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from align import tiny
+from align.demo import tiny
 from cluster.cli import app, main
-from cluster.config import RunConfig
-from tests.run_files import config, tree, write
+from cluster.spec.config import RunConfig
+from tests.fakes.run_files import config, tree, write
 
 COMMANDS = [
     *(

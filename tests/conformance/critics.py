@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import losses, returns
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch
-from align.objective import Objective
+from align.algorithm import losses, returns
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import Batch
 from tests.conformance.peers import (
     EXACT,
     WITH_EPSILON,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import losses, returns
+from align.algorithm import losses, returns
 from tests.conformance import critics
 from tests.conformance.departures import blown_up_rounding
 from tests.conformance.peers import (

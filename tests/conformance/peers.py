@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import losses
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch
+from align.algorithm import losses
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import Batch
 from align.metrics import Metric
-from align.objective import Objective
-from align.policy import TokenLogprobs
+from align.model.policy import TokenLogprobs
 
 NUMBERS = Path(__file__).parent / "numbers"
 PEERS = ("verl", "trl", "openrlhf")

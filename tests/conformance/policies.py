@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from align.policy import Policy, TokenLogprobs
+from align.model.policy import Policy, TokenLogprobs
 from tests.conformance.peers import FLOAT32, Case, Equal, Verdict, resolve
 
 

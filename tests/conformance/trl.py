@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import corrections, losses, returns
+from align.algorithm import corrections, losses, returns
 from tests.conformance import critics
 from tests.conformance.departures import blown_up_rounding, straight_through_gradient
 from tests.conformance.peers import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import guards, losses, returns, surrogates
+from align.algorithm import guards, losses, returns, surrogates
 from tests.conformance import critics, verl_advantages, verl_corrections
 from tests.conformance.departures import charged_distance, straight_through_gradient
 from tests.conformance.peers import (

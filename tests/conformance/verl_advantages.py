@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from align import losses, returns
+from align.algorithm import losses, returns
 from tests.conformance.critics import gae_parts, with_values
 from tests.conformance.departures import blown_up_rounding, restarted_returns
 from tests.conformance.peers import (

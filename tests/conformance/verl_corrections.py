@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import corrections, losses
+from align.algorithm import corrections, losses
 from tests.conformance.peers import (
     EXACT,
     WITH_EPSILON,

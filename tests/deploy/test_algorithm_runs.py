@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from align.bundles import BUNDLES
-from cluster.config import load_config
+from align.algorithm.bundles import BUNDLES
+from cluster.spec.config import load_config
 from tests.bench.algorithms import (
     GOALS,
     RESULTS,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-DOCKER = ROOT / "deploy" / "docker"
+from tests.places import REPOSITORY
+
+DOCKER = REPOSITORY / "deploy" / "docker"
 FILES = sorted(DOCKER.glob("*.Dockerfile"))
 EACH = pytest.mark.parametrize("dockerfile", FILES, ids=lambda path: path.name)
 
@@ -51,10 +52,10 @@ def copied(dockerfile: Path) -> Iterator[str]:
     """Every file that a COPY takes from the context, let in or not."""
     for line in arguments(dockerfile, "COPY"):
         for source in line.split()[:-1]:
-            path = ROOT / source
+            path = REPOSITORY / source
             assert path.exists(), f"{dockerfile.name} copies {source}, which is not there"
             files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            yield from (str(file.relative_to(ROOT)) for file in files)
+            yield from (str(file.relative_to(REPOSITORY)) for file in files)
 
 
 def test_there_is_an_image_for_cpus_and_one_for_gpus() -> None:
@@ -76,14 +77,14 @@ def test_packages_come_from_the_lock_alone(dockerfile: Path) -> None:
     assert all(
         "--no-deps" in part or re.search(r"pip install --no-cache-dir uv==[\d.]+\s*$", part) for part in installs
     )
-    pins = [line for line in (ROOT / lock).read_text().splitlines() if line[:1].isalnum()]
+    pins = [line for line in (REPOSITORY / lock).read_text().splitlines() if line[:1].isalnum()]
     assert len(pins) > 50
     assert [line for line in pins if "==" not in line and " @ " not in line] == []
 
 
 @EACH
 def test_the_uv_of_the_images_is_that_of_the_makefile(dockerfile: Path) -> None:
-    of_make = re.search(r"uv==[\d.]+", (ROOT / "Makefile").read_text())
+    of_make = re.search(r"uv==[\d.]+", (REPOSITORY / "Makefile").read_text())
     assert of_make and of_make.group() in dockerfile.read_text()
 
 
@@ -102,7 +103,7 @@ def test_what_is_copied_is_let_into_the_context_and_nothing_else_is(dockerfile: 
     assert {path for path in packages if not let_in(dockerfile, path)} == set()
     assert all(let_in(dockerfile, path) for path in ("pyproject.toml", "LICENSE", "deploy/runs/demo.toml"))
     for path in (
-        "tests/test_bill.py",
+        "tests/cluster/capacity/test_bill.py",
         ".git/config",
         "models/tiny/policy/config.json",
         "deploy/runs/results/demo.json",
@@ -115,7 +116,7 @@ def test_what_is_copied_is_let_into_the_context_and_nothing_else_is(dockerfile: 
 @EACH
 def test_the_image_has_what_the_kubernetes_operator_calls(dockerfile: Path) -> None:
     assert " wget " in " ".join(arguments(dockerfile, "RUN"))  # bash and grep are in Debian; ray comes with the lock
-    assert re.search(r"^ray==", (ROOT / f"deploy/requirements/{dockerfile.stem}.txt").read_text(), re.MULTILINE)
+    assert re.search(r"^ray==", (REPOSITORY / f"deploy/requirements/{dockerfile.stem}.txt").read_text(), re.MULTILINE)
 
 
 @EACH

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from align.metrics import GLOSSARY
-from tests.test_deploy_runs import CLUSTERS
+from tests.deploy.test_runs import CLUSTERS
+from tests.places import DEPLOY
 
-DEPLOY = Path(__file__).parent.parent / "deploy"
 GUIDE = (DEPLOY / "README.md").read_text()
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config import load_config
-from cluster.placement import Demand
-from tests.kuberay import cluster_spec, groups, problems
-from tests.kustomize import Object, apply, build
-from tests.test_deploy_runs import MODELS
+from cluster.fleet.placement import Demand
+from cluster.spec.config import load_config
+from tests.deploy.kustomize import Object, apply, build
+from tests.deploy.operator import cluster_spec, groups, problems
+from tests.deploy.test_runs import MODELS
+from tests.places import REPOSITORY
 
-ROOT = Path(__file__).parent.parent
-KUBERAY = ROOT / "deploy" / "kuberay"
+KUBERAY = REPOSITORY / "deploy" / "kuberay"
 OVERLAYS = {path.name: path for path in sorted((KUBERAY / "overlays").iterdir())}
 JOBS = ["one_gpu", "eight_gpus", "several_nodes", "own_token", "kueue"]
 CLUSTERS = ["autoscaling", "head_fault_tolerance", "spot"]
@@ -250,8 +250,8 @@ def test_the_run_of_a_job_is_in_the_image_resumes_from_the_storage_and_finds_roo
     assert words[3] == "--set" and words[4].startswith("run.dir=/shared/runs/")
     assert json.loads(spec["entrypointResources"]) == {"driver": 1}
     run_dir = words[4].removeprefix("run.dir=")
-    assert spec["metadata"] == {"align_run": load_config(ROOT / words[2][5:]).run.name, "align_run_dir": run_dir}
-    demand = Demand.of(load_config(ROOT / words[2].removeprefix("/app/")))
+    assert spec["metadata"] == {"align_run": load_config(REPOSITORY / words[2][5:]).run.name, "align_run_dir": run_dir}
+    demand = Demand.of(load_config(REPOSITORY / words[2].removeprefix("/app/")))
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert demand.num_gpus <= group["minReplicas"] * int(limits["nvidia.com/gpu"])
@@ -260,7 +260,7 @@ def test_the_run_of_a_job_is_in_the_image_resumes_from_the_storage_and_finds_roo
 
 @pytest.mark.parametrize("overlay", JOBS)
 def test_the_storage_has_room_for_the_checkpoints_of_the_run(overlay: str) -> None:
-    cfg = load_config(ROOT / ray(overlay)["spec"]["entrypoint"].split()[2].removeprefix("/app/"))
+    cfg = load_config(REPOSITORY / ray(overlay)["spec"]["entrypoint"].split()[2].removeprefix("/app/"))
     num_parameters = MODELS[cfg.policy.model.name][1] * 1e9
     (claim,) = of_kind(overlay, "PersistentVolumeClaim")
     size = int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Ti")) * 2**40
@@ -297,4 +297,4 @@ def test_kueue_gets_a_job_that_it_may_suspend() -> None:
 def test_the_command_that_starts_it_is_in_its_file_and_in_the_guide(overlay: str) -> None:
     command = f"kubectl apply -n align -k deploy/kuberay/overlays/{overlay}"
     assert f"#   {command}\n" in (OVERLAYS[overlay] / "kustomization.yaml").read_text()
-    assert command in (ROOT / "deploy" / "README.md").read_text()
+    assert command in (REPOSITORY / "deploy" / "README.md").read_text()

@@ -15,7 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
-DEPLOY = Path(__file__).parent.parent / "deploy"
+from tests.places import DEPLOY
+
 CLOUDS = sorted((DEPLOY / "ray").glob("*.yaml"))
 CLOUD = pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from cluster.bill import roles
-from cluster.config import RunConfig, load_config
+from cluster.capacity.bill import roles
+from cluster.capacity.fit import read_cluster
+from cluster.capacity.plan import plan
+from cluster.capacity.remedies import check_fit
 from cluster.faults import ResourceError
-from cluster.fit import read_cluster
-from cluster.plan import plan
-from cluster.remedies import check_fit
-from cluster.shape import ModelShape, model_shape
+from cluster.spec.config import RunConfig, load_config
+from cluster.spec.shape import ModelShape, model_shape
+from tests.places import DEPLOY
 
-DEPLOY = Path(__file__).parent.parent / "deploy"
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
 QWEN = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 

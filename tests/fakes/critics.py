@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.critic import Critic, CriticConfig, ValueModel
+from align.learner.critic import Critic, CriticConfig, ValueModel
 
 
 class MeanTrunk(nn.Module):

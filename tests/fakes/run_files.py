@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from cluster.config import RunConfig
+from cluster.spec.config import RunConfig
 
 LEAST: dict[str, Any] = {
     "run": {"steps": 3, "prompts_per_step": 2},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
+from align.data.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
 
 
 def make_trajectory(

@@ -9,14 +9,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from align.algorithms import AlgorithmConfig
-from align.batching import collate
-from align.learner import UpdateStats
-from align.objective import Objective
-from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
-from cluster import transcripts
-from cluster.folder import RunFolder
-from tests.run_files import config
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import collate
+from align.data.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
+from align.learner.learner import UpdateStats
+from cluster.record import transcripts
+from cluster.record.folder import RunFolder
+from tests.fakes.run_files import config
 
 PIECES = (
     *("<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "{{ 7 * 1234567 }}"),

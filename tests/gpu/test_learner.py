@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.learner import Learner, LearnerConfig
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
+from align.algorithm.config import AlgorithmConfig
+from align.data.batching import Batch, collate
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.policy import Policy
+from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.gpu.flops import peak_flops, step_flops
+from tests.harness.commands import DEMO, align
 from tests.integration.conftest import tiny_task  # noqa: F401
-from tests.integration.runs import DEMO, align
-from tests.trajectories import make_scored, make_trajectory
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.optimizer import Optimizer, OptimizerConfig
+from align.learner.optimizer import Optimizer, OptimizerConfig
 from tests.conftest import random_qwen3
 
 pytestmark = [

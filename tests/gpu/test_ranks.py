@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.policy import Policy
-from align.ranks import Ranks, host, join
+from align.model.policy import Policy
+from align.model.ranks import Ranks, host, join
+from tests.align.learner.test_ranks import PLAIN, assert_bitwise, assert_close, batch_of, new_learner, step, weights
 from tests.conftest import character_tokenizer, random_qwen3
-from tests.test_ranks import PLAIN, assert_bitwise, assert_close, batch_of, new_learner, step, weights
 
 pytestmark = [
     pytest.mark.gpu,

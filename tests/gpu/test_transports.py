@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.weights import WeightsConfig
+from cluster.actors.weights import WeightsConfig
+from tests.harness.commands import DEMO, AlignProcess, align, last_step, wait_until
 from tests.integration.conftest import tiny_task  # noqa: F401
-from tests.integration.runs import DEMO, AlignProcess, align, last_step, wait_until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("tiny_task")]
 

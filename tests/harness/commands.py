@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.places import REPOSITORY
+
 DEMO = REPOSITORY / "deploy" / "runs" / "demo.toml"
 
 

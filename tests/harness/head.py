@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.runs import wait_until
+from tests.harness.commands import wait_until
 
 
 @dataclass(frozen=True)

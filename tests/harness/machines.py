@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from tests.integration.runs import REPOSITORY, wait_until
+from tests.harness.commands import wait_until
+from tests.places import REPOSITORY
 
 _FAST = {"period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3, "initial_delay_ms": 0}
 
@@ -39,7 +40,7 @@ class Machines:
         self._token = secrets.token_hex(32)
         health = {f"RAY_health_check_{name}": str(value) for name, value in _FAST.items()}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.machines"],
+            [sys.executable, "-m", "tests.harness.machines"],
             cwd=REPOSITORY,
             env=inherited | self._closed | health | {"ALIGN_TEST_MARK": self.mark, "RAY_TMPDIR": str(folder)},
             stdin=subprocess.PIPE,

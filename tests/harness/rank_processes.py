@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from align.ranks import Meeting, Ranks, host, join
+from align.model.ranks import Meeting, Ranks, host, join
 
 DEADLINE_S = 240
 _context = multiprocessing.get_context(
     "forkserver"
 )  # imports once; a fork of this process could not run backward passes
 _context.set_forkserver_preload(
-    ["tests.rank_processes", "tests.conftest", "transformers.models.qwen3.modeling_qwen3", "peft"]
+    ["tests.harness.rank_processes", "tests.conftest", "transformers.models.qwen3.modeling_qwen3", "peft"]
 )
 
 

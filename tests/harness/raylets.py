@@ -1,6 +1,6 @@
 """Three raylets on this machine, as three nodes of a cluster; the environment of the third is the caller's.
 
-`python -m tests.integration.raylets FOLDER KEY=VALUE …` prints the address once all are there, and ends when its input does.
+`python -m tests.harness.raylets FOLDER KEY=VALUE …` prints the address once all are there, and ends when its input does.
 """
 
 from __future__ import annotations

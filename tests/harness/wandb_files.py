@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.places import REPOSITORY
+
 API_KEY = "0123456789abcdef" * 2 + "01234567"  # the form of a key, and nobody's
 
 
@@ -21,11 +23,10 @@ def run_python(script: str, folder: Path, **environment: str) -> subprocess.Comp
     home = folder / "home"
     home.mkdir(exist_ok=True)
     clean |= {"HOME": str(home), "NETRC": str(home / "netrc"), "WANDB_ERROR_REPORTING": "false", **environment}
-    root = Path(__file__).parent.parent
     return subprocess.run(
         [sys.executable, "-c", script],
         cwd=folder,
-        env=clean | {"PYTHONPATH": str(root)},
+        env=clean | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.adapters import AdapterConfig
+from align.model.adapters import AdapterConfig
 from tests.integration.engine_probe import Weights, agreement, damaged_bytes, in_flight, prefix_cache, prompts
 
 CONFIG = AdapterConfig(rank=3, alpha=4.0, rslora=True, publish="adapter")
@@ -26,13 +26,13 @@ class AdapterWeights(Weights):
     """The learner's side: the adapter is changed and exported, and the model has it."""
 
     def __init__(self, model_dir: Path) -> None:
-        from align.adapters import Adapter
+        from align.model.adapters import Adapter
 
         super().__init__(model_dir)
         self.policy.adapter = Adapter(self.policy.model, CONFIG)
 
     def export(self, version: int) -> Any:
-        from cluster.weights import export_weights
+        from cluster.actors.weights import export_weights
 
         return export_weights(self.policy.named_factors(), version, self.policy.compute_dtype)
 
@@ -65,7 +65,7 @@ async def probe(model_dir: Path) -> dict[str, Any]:
 
 
 def new_engine(model_dir: Path) -> Any:
-    from cluster.engine import Engine, EngineSettings
+    from cluster.actors.engine.engine import Engine, EngineSettings
 
     room = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_bytes": 64 << 20}
     return Engine(EngineSettings(model_dir, "float32", seed=7, adapter=CONFIG, **room))
@@ -86,7 +86,7 @@ async def together(engine: Any, weights: Weights) -> dict[str, Any]:
 
 async def other_scale(engine: Any, weights: Weights) -> dict[str, Any]:
     """An engine that is told another alpha, so that vLLM scales by itself what has its scale already."""
-    from cluster import engine as module
+    from cluster.actors.engine import engine as module
     from cluster.faults import WrongWeights
 
     describe = module.describe_adapter
@@ -110,7 +110,7 @@ async def other_scale(engine: Any, weights: Weights) -> dict[str, Any]:
 
 async def other_places(engine: Any, weights: Weights) -> dict[str, Any]:
     """An adapter for a layer that vLLM does not have."""
-    from cluster.weights import export_weights
+    from cluster.actors.weights import export_weights
 
     renamed = ((name.replace("o_proj", "w_proj"), tensor) for name, tensor in weights.policy.named_factors())
     try:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from align.tiny import build, is_built
-from tests.integration.runs import REPOSITORY
+from align.demo.tiny import build, is_built
+from tests.places import REPOSITORY
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.support import restricted
+from align.model.support import restricted
 
 
 async def probe(model_dir: Path) -> dict[str, Any]:
     """All measurements on one engine, and those on an engine with a trap."""
-    from cluster.engine import Engine, EngineSettings
+    from cluster.actors.engine.engine import Engine, EngineSettings
 
     settings = EngineSettings(model_dir, "float32", seed=7, max_model_len=512, max_num_seqs=64, kv_cache_bytes=64 << 20)
     engine = Engine(settings)
@@ -45,13 +45,13 @@ class Weights:
     """The learner's side: a transformers model whose weights are changed and exported."""
 
     def __init__(self, model_dir: Path) -> None:
-        from align.policy import Policy
+        from align.model.policy import Policy
 
         self.policy = Policy.load(model_dir)
         self.generator = torch.Generator().manual_seed(3)
 
     def export(self, version: int) -> Any:
-        from cluster.weights import export_weights
+        from cluster.actors.weights import export_weights
 
         return export_weights(self.policy.named_weights(), version, "float32")
 
@@ -79,7 +79,7 @@ def prompts(num: int, length: int, seed: int = 0) -> list[list[int]]:
 
 async def agreement(engine: Any, weights: Weights) -> dict[str, Any]:
     """|behaviour - policy| log-probability at equal version, temperature 1 and 0.7."""
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     differences = []
     reasons = set()
@@ -96,7 +96,7 @@ async def agreement(engine: Any, weights: Weights) -> dict[str, Any]:
 
 async def truncated_sampling(engine: Any, weights: Weights) -> dict[str, Any]:
     """With top-k and top-p the reported log-probabilities are those of the truncated distribution."""
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     worst, worst_full, worst_learner = 0.0, 0.0, 0.0
     sampling = Sampling(16, temperature=0.7, top_p=0.8, top_k=10)
@@ -130,7 +130,7 @@ def _truncated_logprob(logits: torch.Tensor, token: int, top_k: int, top_p: floa
 
 async def seeds(engine: Any) -> dict[str, Any]:
     """Equal seeds repeat bit for bit whatever runs beside them; other seeds give other tokens."""
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     prompt, sampling = prompts(1, 6, seed=2)[0], Sampling(24)
     alone = await engine.generate(prompt, sampling, 5)
@@ -141,7 +141,7 @@ async def seeds(engine: Any) -> dict[str, Any]:
 
 async def long_prompts(engine: Any) -> dict[str, Any]:
     """More prompt tokens at once than one engine step takes, each request with a seed of its own."""
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     many = prompts(48, 300, seed=4)
     done = await asyncio.gather(*(engine.generate(p, Sampling(4), i) for i, p in enumerate(many)))
@@ -174,7 +174,7 @@ async def damaged_bytes(engine: Any, weights: Weights) -> dict[str, Any]:
 
 async def in_flight(engine: Any, weights: Weights) -> dict[str, Any]:
     """A load while 16 requests run: every token's log-probability is that of the version its span names."""
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     before = Weights.__new__(Weights)
     before.policy = _copy(weights.policy)
@@ -197,14 +197,14 @@ async def in_flight(engine: Any, weights: Weights) -> dict[str, Any]:
 def _copy(policy: Any) -> Any:
     import copy
 
-    from align.policy import Policy
+    from align.model.policy import Policy
 
     return Policy(copy.deepcopy(policy.model), policy.tokenizer)
 
 
 async def prefix_cache(engine: Any, weights: Weights) -> dict[str, Any]:
     """The same long prompt before and after a load, with the cache cleared as the engine does it, and not cleared."""
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     prompt = prompts(1, 400, seed=8)[0]
 
@@ -230,8 +230,8 @@ async def prefix_cache(engine: Any, weights: Weights) -> dict[str, Any]:
 
 async def stale_head(settings: Any, weights: Weights) -> dict[str, Any]:
     """An engine that does not pack its tied head again: the fingerprint matches, the canary does not."""
-    from cluster.engine import Engine
-    from cluster.publication import canary_gap
+    from cluster.actors.engine.engine import Engine
+    from cluster.fleet.publication import canary_gap
     from tests.integration.traps import TrapSettings
 
     plain = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
@@ -253,7 +253,7 @@ async def update_without_pause(engine: Any) -> bool:
     """Begin an update while a request runs, without stopping the engine first; whether that kills it."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     running = asyncio.create_task(engine.generate(prompts(1, 6)[0], Sampling(400), 0))
     await asyncio.sleep(0.1)

@@ -22,9 +22,9 @@ NUM_PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 8, 24, 24
 
 async def probe(folder: Path, dtype: str) -> dict[str, Any]:
     """Differences of log-probability before and after all weights changed and were published."""
-    from align.policy import Policy
-    from cluster.engine import Engine, EngineSettings
-    from cluster.weights import export_weights
+    from align.model.policy import Policy
+    from cluster.actors.engine.engine import Engine, EngineSettings
+    from cluster.actors.weights import export_weights
 
     started = time.monotonic()
     policy = Policy.load(folder, compute_dtype=dtype)
@@ -67,7 +67,7 @@ async def scored(engine: Any, policy: Any) -> float:
 
 async def sampled(engine: Any, policy: Any) -> dict[str, float]:
     """|behaviour - policy| of sampled tokens."""
-    from cluster.engine import Sampling
+    from cluster.actors.engine.engine import Sampling
 
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, policy.vocab_size, size=(NUM_PROMPTS, PROMPT_TOKENS)).tolist()

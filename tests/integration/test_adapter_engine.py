@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.families import write
+from tests.fakes.families import write
 from tests.integration.test_engine import write_small_model
 
 pytestmark = pytest.mark.integration

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from align.adapters import AdapterConfig
-from cluster.shape import model_shape
-from tests.integration.runs import AlignProcess, last_step, summary, trajectories, wait_until
+from align.model.adapters import AdapterConfig
+from cluster.spec.shape import model_shape
+from tests.harness.commands import AlignProcess, last_step, summary, trajectories, wait_until
 from tests.integration.test_adapters import (
     STEPS,
     assert_both_exports_are_the_policy,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.policy import Policy
-from tests.integration.runs import DEMO, align, summary, trajectories
+from align.model.policy import Policy
+from tests.harness.commands import DEMO, align, summary, trajectories
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from align.metrics import GLOSSARY
-from cluster.credit import step_credits
-from cluster.sinks.tables import TABLE
-from cluster.summary import read_rows
-from cluster.transcripts import Trajectories
-from tests.integration.runs import DEMO, align, summary, trajectories
-from tests.wandb_files import wandb_rows
+from cluster.record.figures import read_rows
+from cluster.record.sinks.wandb.tables import TABLE
+from cluster.record.transcripts import Trajectories
+from cluster.views.credit import step_credits
+from tests.harness.commands import DEMO, align, summary, trajectories
+from tests.harness.wandb_files import wandb_rows
 
 pytestmark = pytest.mark.integration
 
@@ -178,7 +178,7 @@ def test_advantages_computed_again_from_the_files_are_those_that_the_learner_had
 
 
 def test_the_exported_policy_is_what_transformers_loads_and_the_report_shows(demo: tuple[Path, str]) -> None:
-    from align.policy import Policy
+    from align.model.policy import Policy
 
     policy = Policy.load(demo[0] / "policy")
     ids = policy.tokenizer.encode("the")

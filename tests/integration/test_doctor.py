@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.runs import DEMO, REPOSITORY, align
+from tests.harness.commands import DEMO, align
+from tests.places import REPOSITORY
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.usefixtures("tiny_task")]
 
@@ -41,7 +42,7 @@ def raylets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "RAY"))}
     third = [f"PYTHONPATH={fake}:{REPOSITORY}", "GLOO_SOCKET_IFNAME=nowhere0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.raylets", folder, *third],
+        [sys.executable, "-m", "tests.harness.raylets", folder, *third],
         cwd=REPOSITORY,
         env=inherited | closed | client | {"PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE,

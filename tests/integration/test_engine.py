@@ -98,7 +98,7 @@ def test_keys_and_values_of_old_weights_are_not_used_after_a_load(found: dict[st
 
 
 def test_the_canary_sees_a_tied_head_that_stayed_behind(found: dict[str, Any]) -> None:
-    from cluster.weights import WeightsConfig
+    from cluster.actors.weights import WeightsConfig
 
     _, stop = WeightsConfig().canary_limits("float32")
     assert found["stale_head_gap"] > 10 * stop

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from align.tiny import PAD_TOKEN
-from tests.families import FAMILIES, WINDOW, write
+from align.demo.tiny import PAD_TOKEN
+from tests.fakes.families import FAMILIES, WINDOW, write
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from cluster.folder import hash_tree
-from tests.integration.runs import DEMO, align, trajectories
+from cluster.record.folder import hash_tree
+from tests.harness.commands import DEMO, align, trajectories
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.usefixtures("tiny_task")]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-from cluster.goodput import FATES
-from tests.integration.runs import align, summary, trajectories
-from tests.trace_events import assert_phases_tile_the_steps, read_events, tracks
+from cluster.loop.goodput import FATES
+from tests.harness.commands import align, summary, trajectories
+from tests.harness.trace_events import assert_phases_tile_the_steps, read_events, tracks
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 

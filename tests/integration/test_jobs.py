@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.head import Head, ray_head
-from tests.integration.runs import DEMO, align, last_step, summary, trajectories, wait_until
+from tests.harness.commands import DEMO, align, last_step, summary, trajectories, wait_until
+from tests.harness.head import Head, ray_head
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_task")]
 

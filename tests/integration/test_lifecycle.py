@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.runs import DEMO, AlignProcess, align, last_step, summary, trajectories, wait_until
+from tests.harness.commands import DEMO, AlignProcess, align, last_step, summary, trajectories, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_task")]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.machines import Machines, actors_of, gone, machines
-from tests.integration.runs import DEMO, AlignProcess, last_step, summary, trajectories, wait_until
+from tests.harness.commands import DEMO, AlignProcess, last_step, summary, trajectories, wait_until
+from tests.harness.machines import Machines, actors_of, gone, machines
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.usefixtures("tiny_task")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from tests.integration.runs import align, summary, trajectories
+from tests.harness.commands import align, summary, trajectories
 
 pytestmark = pytest.mark.integration
 

@@ -13,11 +13,11 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from cluster.web.colours import LEVELS
-from cluster.web.server import Server
-from tests import web_runs
-from tests.browser import MISSING, chromium, overflow, resize
-from tests.web_runs import HOSTILE, PIECES
+from cluster.views.web.colours import LEVELS
+from cluster.views.web.server import Server
+from tests.fakes import web_runs
+from tests.fakes.web_runs import HOSTILE, PIECES
+from tests.harness.browser import MISSING, chromium, overflow, resize
 
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 

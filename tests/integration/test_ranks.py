@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from align.policy import Policy
-from tests.integration.runs import DEMO, AlignProcess, align, last_step, summary, trajectories, wait_until
+from align.model.policy import Policy
+from tests.harness.commands import DEMO, AlignProcess, align, last_step, summary, trajectories, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.usefixtures("tiny_task")]
 

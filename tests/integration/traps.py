@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from cluster.engine import EngineSettings
-from cluster.engine.receiver import SharedMemoryTransfer, WorkerExtension, read_staged
+from cluster.actors.engine.engine import EngineSettings
+from cluster.actors.engine.receiver import SharedMemoryTransfer, WorkerExtension, read_staged
 
 _STALE_HEAD = "align_stale_head"
 

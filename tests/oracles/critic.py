@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reference import Mask, Row, Rows, actions
+from tests.oracles.formulas import Mask, Row, Rows, actions
 
 
 def gae(rewards: Rows, values: Rows, mask: Mask, discount: float, gae_lambda: float) -> list[list[float]]:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import losses
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.objective import Objective
-from align.policy import TokenLogprobs
-from align.types import ScoredGroup, TokenRewards
-from tests.trajectories import make_group, make_trajectory
+from align.algorithm import losses
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import Batch, collate
+from align.data.types import ScoredGroup, TokenRewards
+from align.model.policy import TokenLogprobs
+from tests.fakes.trajectories import make_group, make_trajectory
 
 V, T, END, NUM_STATES = 3, 3, 0, 1 + 3 + 9
 

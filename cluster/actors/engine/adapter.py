@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor
 from vllm.lora.request import LoRARequest
 
-from align.adapters import PEFT_PREFIX, AdapterConfig, adapted_layers
-from align.model_folder import empty_model
+from align.model.adapters import PEFT_PREFIX, AdapterConfig, adapted_layers
+from align.model.folder import empty_model
 
 STAGED_FILE = (
     "adapter_model.safetensors"  # what vLLM reads of an adapter's folder; whole weights are staged under it, too
@@ -28,7 +28,7 @@ _PACKED = (
     "qkv_proj",
     "gate_up_proj",
 )  # vLLM's layers that are several of a model's; older versions know no other names
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for; see `align.adapters.MAX_ENGINE_RANK`
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for; see `align.model.adapters.MAX_ENGINE_RANK`
 
 
 def lora_arguments(model: Path, cfg: AdapterConfig) -> dict[str, Any]:

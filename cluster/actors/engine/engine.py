@@ -25,12 +25,12 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from align.adapters import AdapterConfig
-from align.types import FinishReason, VersionSpan
-from cluster.engine.adapter import STAGED_FILE, describe_adapter, lora_arguments, lora_request
-from cluster.engine.receiver import SHARED_MEMORY, WorkerExtension, read_staged
+from align.data.types import FinishReason, VersionSpan
+from align.model.adapters import AdapterConfig
+from cluster.actors.engine.adapter import STAGED_FILE, describe_adapter, lora_arguments, lora_request
+from cluster.actors.engine.receiver import SHARED_MEMORY, WorkerExtension, read_staged
+from cluster.actors.weights import ExportedWeights, fingerprint
 from cluster.faults import RunError, WrongWeights
-from cluster.weights import ExportedWeights, fingerprint
 
 _STAGED = "align-weights-"
 NATIVE_VERSIONS = any(f.name == "weight_versions" for f in fields(CompletionOutput))

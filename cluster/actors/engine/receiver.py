@@ -16,8 +16,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from cluster.engine.adapter import served_adapter
-from cluster.weights import combine_fingerprints, fingerprint, tensor_fingerprint
+from cluster.actors.engine.adapter import served_adapter
+from cluster.actors.weights import combine_fingerprints, fingerprint, tensor_fingerprint
 
 SHARED_MEMORY = "align_shared_memory"
 

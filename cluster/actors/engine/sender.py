@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from cluster.actors.weights import Link, WireWeights
 from cluster.faults import ActorLost, RunError, from_ray
-from cluster.weights import Link, WireWeights
 
 
 class EngineClient:

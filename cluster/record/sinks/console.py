@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.redaction import redact
 
 if TYPE_CHECKING:
-    from cluster.alerts import Alert
+    from cluster.record.alerts import Alert
 
 _COLUMNS = (  # heading, metric, format, width
     ("reward/tok", "reward/token_mean", "{:.4f}", 10),

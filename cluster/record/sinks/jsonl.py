@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.alerts import Alert
+    from cluster.record.alerts import Alert
 
 
 class JsonLines:

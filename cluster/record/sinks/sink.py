@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
-    from cluster.alerts import Alert
+    from cluster.record.alerts import Alert
 
 
 class Sink(Protocol):

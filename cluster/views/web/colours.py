@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.credit import PULL, PULL_MEANING
+from cluster.views.credit import PULL, PULL_MEANING
 
 LEVELS = 6
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.credit import Credits
-from cluster.transcripts import Row
-from cluster.web.tokens import visible
+from cluster.record.transcripts import Row
+from cluster.views.credit import Credits
+from cluster.views.web.tokens import visible
 
 TRAJECTORIES, TOKENS = 20, 30
 _BEFORE = 8  # tokens of context

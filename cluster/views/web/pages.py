@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from align.data.types import FinishReason
 from align.metrics import GLOSSARY
-from align.types import FinishReason
-from cluster import report
-from cluster.credit import PULL, PULL_MEANING, Credits, CreditUnknown, step_credits
 from cluster.faults import ConfigError
-from cluster.selection import ORDERS, Selection, Summary, extremes
-from cluster.status import state
-from cluster.summary import read_rows
-from cluster.transcripts import Brief, Row, Trajectories, excerpt
-from cluster.web.colours import MEASURES
-from cluster.web.moved import moved
-from cluster.web.query import PER_PAGE, BadQuery, Query
-from cluster.web.tokens import Colouring, Token, tokens
+from cluster.record.figures import read_rows
+from cluster.record.transcripts import Brief, Row, Trajectories, excerpt
+from cluster.views import report
+from cluster.views.credit import PULL, PULL_MEANING, Credits, CreditUnknown, step_credits
+from cluster.views.selection import ORDERS, Selection, Summary, extremes
+from cluster.views.status import state
+from cluster.views.web.colours import MEASURES
+from cluster.views.web.moved import moved
+from cluster.views.web.query import PER_PAGE, BadQuery, Query
+from cluster.views.web.tokens import Colouring, Token, tokens
 
 _NOTHING_ELSE = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 POLICY = f"default-src 'none'; style-src 'self'; img-src data:; {_NOTHING_ELSE}"

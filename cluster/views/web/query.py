@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from cluster.selection import ORDERS, Selection
+from cluster.views.selection import ORDERS, Selection
 
 PER_PAGE = 50
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.faults import ConfigError
-from cluster.selection import Selection
-from cluster.web.pages import Answer, Pages
-from cluster.web.query import Query
+from cluster.views.selection import Selection
+from cluster.views.web.pages import Answer, Pages
+from cluster.views.web.query import Query
 
 DEFAULT_PORT = 8440
 ADDRESS = "127.0.0.1"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.credit import Credit
-from cluster.transcripts import Row, returns
-from cluster.web.colours import MEASURES, Scale
+from cluster.record.transcripts import Row, returns
+from cluster.views.credit import Credit
+from cluster.views.web.colours import MEASURES, Scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align.distillation import KINDS, divergence, with_rest
-from tests import reference as oracle
+from align.algorithm.distillation import KINDS, divergence, with_rest
+from tests.oracles import formulas as oracle
 
 V = 7
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align import losses, returns
-from tests import reference_critic as oracle
-from tests.test_returns import NUMBERS, Ragged, assert_equal, ragged
+from align.algorithm import losses, returns
+from tests.align.algorithm.test_returns import NUMBERS, Ragged, assert_equal, ragged
+from tests.oracles import critic as oracle
 
 SHARE = st.floats(0, 1)
 ROW = torch.ones(1, 3, dtype=torch.bool)

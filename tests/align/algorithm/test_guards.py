@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align import guards
-from tests import reference as oracle
+from align.algorithm import guards
+from tests.oracles import formulas as oracle
 
 RAGGED = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0]]).bool()
 EVERYTHING = (-math.inf, math.inf)

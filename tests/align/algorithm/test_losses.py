@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align import losses
-from tests import reference as oracle
+from align.algorithm import losses
+from tests.oracles import formulas as oracle
 
 LOGITS = st.lists(st.floats(-3, 3), min_size=4, max_size=4)
 

@@ -11,17 +11,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.bundles import BUNDLES
-from align.objective import Objective
-from align.policy import Policy
-from align.types import FinishReason
+from align.algorithm.bundles import BUNDLES
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import Batch, collate
+from align.data.types import FinishReason
+from align.model.policy import Policy
+from tests.align.learner.test_learner import assert_bitwise, assert_close, new_learner, reduced, update, weights
+from tests.align.learner.test_learner import new_policy as new_policy
 from tests.conftest import VOCAB_SIZE
-from tests.tabular import TabularLM
-from tests.test_learner import assert_bitwise, assert_close, new_learner, reduced, update, weights
-from tests.test_learner import new_policy as new_policy
-from tests.trajectories import make_scored, make_trajectory
+from tests.fakes.trajectories import make_scored, make_trajectory
+from tests.oracles.tabular import TabularLM
 
 NAMES = sorted(BUNDLES)
 EXTRA = {"dr_grpo": {"loss_length": 12}}

@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from align import corrections, losses, returns, surrogates
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.learner import Learner, LearnerConfig
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
+from align.algorithm import corrections, losses, returns, surrogates
+from align.algorithm.config import AlgorithmConfig
+from align.data.batching import Batch, collate
+from align.data.types import ScoredGroup
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig, token_reward
-from align.types import ScoredGroup
-from tests.tabular import TabularLM
-from tests.trajectories import make_group, make_scored, make_trajectory
+from tests.fakes.trajectories import make_group, make_scored, make_trajectory
+from tests.oracles.tabular import TabularLM
 
 V, T, NUM_STATES = 4, 3, 1 + 4 + 16
 TRAJECTORIES = torch.tensor(list(itertools.product(range(V), repeat=T)))

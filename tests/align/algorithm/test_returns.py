@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align import returns
-from tests import reference as oracle
+from align.algorithm import returns
+from tests.oracles import formulas as oracle
 
 NUMBERS = st.floats(-8, 8, width=32)
 Ragged = tuple[Tensor, Tensor]

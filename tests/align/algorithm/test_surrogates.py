@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align import surrogates
-from tests import reference as oracle
+from align.algorithm import surrogates
+from tests.oracles import formulas as oracle
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3}

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.algorithms import AlgorithmConfig
-from tests.enumeration import ACTIONS, COMPLETIONS, MASK, NUM_STATES, STATES, Process, T, V, logprobs_of
+from align.algorithm.config import AlgorithmConfig
+from tests.oracles.enumeration import ACTIONS, COMPLETIONS, MASK, NUM_STATES, STATES, Process, T, V, logprobs_of
 
 ON, OFF = Process.new(), Process.new(off_policy=True)
 OUTCOME = {"rewards": "outcome", "importance": "none"}

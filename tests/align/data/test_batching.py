@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.batching import Batch, collate, micro_batches
-from align.types import FinishReason, ScoredGroup, TokenRewards, TopTokens, Trajectory, VersionSpan
-from tests.trajectories import make_group, make_scored, make_trajectory
+from align.data.batching import Batch, collate, micro_batches
+from align.data.types import FinishReason, ScoredGroup, TokenRewards, TopTokens, Trajectory, VersionSpan
+from tests.fakes.trajectories import make_group, make_scored, make_trajectory
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from align.curriculum import CurriculumConfig, PassRates
-from align.prompts import PromptStream
-from align.types import Prompt, Ticket
+from align.data.curriculum import CurriculumConfig, PassRates
+from align.data.prompts import PromptStream
+from align.data.types import Prompt, Ticket
 
 
 def ticket(number: int, prompt: str = "p") -> Ticket:

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from align.packing import pack
-from align.policy import Policy
-from align.trunk import Trunk
-from tests.tabular import TabularLM
+from align.data.packing import pack
+from align.model.policy import Policy
+from align.model.trunk import Trunk
+from tests.oracles.tabular import TabularLM
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -186,7 +186,7 @@ def test_a_model_whose_state_leaks_between_sequences_is_found_out_runs_padded_an
     assert not policy.trunk.packs
     assert torch.equal(asked, padded)
     assert model.config._attn_implementation == before
-    messages = [record.getMessage() for record in caplog.records if record.name == "align.trunk"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "align.model.trunk"]
     assert messages == [f"{type(model).__name__}: its sequences cannot share a row: micro-batches are padded"]
 
 

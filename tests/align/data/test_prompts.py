@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from align.prompts import PromptConfig, PromptStream, derive_seed, load_prompts
-from align.tasks import SumsConfig
-from align.types import Prompt
+from align.data.prompts import PromptConfig, PromptStream, derive_seed, load_prompts
+from align.data.tasks import SumsConfig
+from align.data.types import Prompt
 
 Write = Callable[[str, str | bytes], Path]
 ROWS = [

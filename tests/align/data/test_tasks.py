@@ -10,9 +10,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from align import tasks
-from align.prompts import PromptConfig, load_prompts
-from align.tasks import GymConfig, SumsConfig, TaskSection, task_rows
+from align.data import tasks
+from align.data.prompts import PromptConfig, load_prompts
+from align.data.tasks import GymConfig, SumsConfig, TaskSection, task_rows
 
 
 def sums(**settings: int) -> list[tuple[int, int, int]]:

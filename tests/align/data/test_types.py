@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.types import FinishReason, Prompt, ScoredGroup, TokenRewards, Trajectory, VersionSpan
-from tests.trajectories import make_group, make_trajectory
+from align.data.types import FinishReason, Prompt, ScoredGroup, TokenRewards, Trajectory, VersionSpan
+from tests.fakes.trajectories import make_group, make_trajectory
 
 
 def trajectory(**changes: Any) -> Trajectory:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from align import world
+from align.demo import language as world
 
 
 @pytest.mark.parametrize("seed", range(4))

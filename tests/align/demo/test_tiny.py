@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align import tiny, world
+from align.demo import language as world
+from align.demo import tiny
 
 
 def _quiet(line: str) -> None:

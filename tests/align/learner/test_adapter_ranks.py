@@ -11,14 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from align.adapters import Adapter, AdapterConfig
-from align.learner import Learner
-from align.model_folder import LOCAL
-from align.policy import Policy
-from align.ranks import Ranks
-from tests.conftest import character_tokenizer, random_qwen3
-from tests.rank_processes import on_ranks
-from tests.test_ranks import (
+from align.learner.learner import Learner
+from align.model.adapters import Adapter, AdapterConfig
+from align.model.folder import LOCAL
+from align.model.policy import Policy
+from align.model.ranks import Ranks
+from tests.align.learner.test_ranks import (
     PLAIN,
     STEPS,
     Arrays,
@@ -32,6 +30,8 @@ from tests.test_ranks import (
     new_learner,
     step,
 )
+from tests.conftest import character_tokenizer, random_qwen3
+from tests.harness.rank_processes import on_ranks
 
 KINDS = ("lora", "dora")
 FACTOR_TOLERANCE = 1e-5

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.batching import Batch
-from align.critic import Critic, CriticConfig
-from align.learner import Learner
-from align.policy import Policy
-from tests.critics import new_critic
-from tests.test_learner import (
+from align.data.batching import Batch
+from align.learner.critic import Critic, CriticConfig
+from align.learner.learner import Learner
+from align.model.policy import Policy
+from tests.align.learner.test_learner import (
     adam_state,
     assert_bitwise,
     assert_close,
@@ -29,7 +28,8 @@ from tests.test_learner import (
     update,
     weights,
 )
-from tests.test_learner import new_policy as new_policy
+from tests.align.learner.test_learner import new_policy as new_policy
+from tests.fakes.critics import new_critic
 
 PPO: dict[str, Any] = {"name": "ppo", "kl": "none", "kl_coefficient": 0.0}
 WHOLE_RETURN: dict[str, Any] = {"baseline": "critic", "gae_lambda": 1.0}

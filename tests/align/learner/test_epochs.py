@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align import corrections
-from align.batching import Batch, micro_batches
-from align.epochs import minibatches, old_logprobs
-from align.packing import pack
-from align.policy import Policy
-from tests.test_learner import (
+from align.algorithm import corrections
+from align.data.batching import Batch, micro_batches
+from align.data.packing import pack
+from align.learner.epochs import minibatches, old_logprobs
+from align.model.policy import Policy
+from tests.align.algorithm.test_objective import group_batch
+from tests.align.learner.test_learner import (
     adam_state,
     assert_bitwise,
     assert_close,
@@ -32,8 +33,7 @@ from tests.test_learner import (
     update,
     weights,
 )
-from tests.test_learner import new_policy as new_policy
-from tests.test_objective import group_batch
+from tests.align.learner.test_learner import new_policy as new_policy
 
 CLIP: dict[str, Any] = {"surrogate": "ppo_clip", "importance": "none"}
 DECOUPLED: dict[str, Any] = {"surrogate": "ppo_clip", "proximal": "recomputed", "importance": "truncated"}

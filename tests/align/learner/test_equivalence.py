@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from align import returns
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.bundles import BUNDLES
-from align.learner import Learner, LearnerConfig
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
-from align.types import ScoredGroup, TokenRewards
-from tests.enumeration import COMPLETIONS, Process, logprobs_of, table
-from tests.tabular import TabularLM
-from tests.test_objective import EXTRA
-from tests.trajectories import make_group, make_trajectory
+from align.algorithm import returns
+from align.algorithm.bundles import BUNDLES
+from align.algorithm.config import AlgorithmConfig
+from align.data.batching import Batch, collate
+from align.data.types import ScoredGroup, TokenRewards
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.policy import Policy
+from tests.align.algorithm.test_objective import EXTRA
+from tests.fakes.trajectories import make_group, make_trajectory
+from tests.oracles.enumeration import COMPLETIONS, Process, logprobs_of, table
+from tests.oracles.tabular import TabularLM
 
 STEPS, GROUPS, GROUP_SIZE = 5, 3, 4
 EPSILON = 1e-3

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from align import metrics
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch
-from align.learner import Learner, LearnerConfig
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
-from align.ranks import Ranks
+from align.algorithm.config import AlgorithmConfig
+from align.data.batching import Batch
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.policy import Policy
+from align.model.ranks import Ranks
+from tests.align.learner.test_moments import WIDTH
+from tests.align.learner.test_ranks import Arrays, Result, batch_of, shards, step, weights
 from tests.conftest import character_tokenizer, random_qwen3
-from tests.critics import new_critic
-from tests.rank_processes import on_ranks
-from tests.test_moments import WIDTH
-from tests.test_ranks import Arrays, Result, batch_of, shards, step, weights
+from tests.fakes.critics import new_critic
+from tests.harness.rank_processes import on_ranks
 
 TOLERANCE = 1e-5
 """What the order of float32 sums may change in twenty optimizer steps, relative to the largest entry of a tensor."""

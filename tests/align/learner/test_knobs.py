@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.learner import Learner, LearnerConfig
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import Batch, collate
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.optimizer import OptimizerConfig
 from align.metrics import reduce
-from align.objective import Objective
-from align.optimizer import OptimizerConfig
-from align.policy import Policy, TokenLogprobs
+from align.model.policy import Policy, TokenLogprobs
 from tests.conftest import VOCAB_SIZE, random_qwen3
-from tests.tabular import TabularLM
-from tests.trajectories import make_scored, make_trajectory
+from tests.fakes.trajectories import make_scored, make_trajectory
+from tests.oracles.tabular import TabularLM
 
 STEPS = 5
 SIZES = ((2, 5), (4, 1), (1, 17), (3, 3), (6, 6), (2, 30), (9, 2), (1, 1))

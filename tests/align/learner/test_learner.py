@@ -13,20 +13,15 @@ import torch
 from torch import Tensor
 
 from align import metrics
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.learner import (
-    Learner,
-    LearnerConfig,
-    NonFiniteUpdates,
-    UpdateStats,
-)
-from align.optimizer import OptimizerConfig, lr_factor
-from align.policy import Policy
+from align.algorithm.config import AlgorithmConfig
+from align.data.batching import Batch, collate
+from align.learner.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
+from align.learner.optimizer import OptimizerConfig, lr_factor
+from align.model.policy import Policy
 from tests.conftest import VOCAB_SIZE
-from tests.critics import new_critic
-from tests.tabular import TabularLM
-from tests.trajectories import make_scored, make_trajectory
+from tests.fakes.critics import new_critic
+from tests.fakes.trajectories import make_scored, make_trajectory
+from tests.oracles.tabular import TabularLM
 
 Gradients = dict[str, Tensor]
 PolicyFactory = Callable[[], Policy]

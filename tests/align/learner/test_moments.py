@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.algorithms import AlgorithmConfig
-from align.learner import Learner, LearnerConfig
-from align.moments import Moments, eight_bit_kernels
-from align.optimizer import Optimizer, OptimizerConfig
-from align.policy import Policy
+from align.algorithm.config import AlgorithmConfig
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.moments import Moments, eight_bit_kernels
+from align.learner.optimizer import Optimizer, OptimizerConfig
+from align.model.policy import Policy
+from tests.align.learner.test_learner import ragged_batch
 from tests.conftest import character_tokenizer, random_qwen3
-from tests.test_learner import ragged_batch
 
 WIDTH = 128
 """Of the models here: every matrix has rows of 64, 128 or 192 numbers."""

@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate
-from align.learner import Learner, LearnerConfig
-from align.objective import Objective
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import Batch, collate
+from align.data.types import ScoredGroup
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
-from align.types import ScoredGroup
-from tests import reference as oracle
+from tests.align.algorithm.test_objective import group_batch, three_rows
+from tests.align.learner.test_learner import assert_close, new_learner, reduced, update, weights
+from tests.align.learner.test_learner import new_policy as new_policy
 from tests.conftest import VOCAB_SIZE
-from tests.tabular import TabularLM
-from tests.test_learner import assert_close, new_learner, reduced, update, weights
-from tests.test_learner import new_policy as new_policy
-from tests.test_objective import group_batch, three_rows
-from tests.trajectories import make_group, make_trajectory
+from tests.fakes.trajectories import make_group, make_trajectory
+from tests.oracles import formulas as oracle
+from tests.oracles.tabular import TabularLM
 
 P, REF = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
 PARTS: dict[str, dict[str, Any]] = {

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 from align import metrics
-from align.algorithms import AlgorithmConfig
-from align.batching import Batch, collate, micro_batches
-from align.learner import Learner, LearnerConfig
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
-from align.ranks import Pass, Ranks, balance, interface_of, whole
+from align.algorithm.config import AlgorithmConfig
+from align.data.batching import Batch, collate, micro_batches
+from align.learner.learner import Learner, LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.policy import Policy
+from align.model.ranks import Pass, Ranks, balance, interface_of, whole
 from tests.conftest import VOCAB_SIZE, character_tokenizer, random_qwen3
-from tests.rank_processes import on_ranks
-from tests.trajectories import make_scored, make_trajectory
+from tests.fakes.trajectories import make_scored, make_trajectory
+from tests.harness.rank_processes import on_ranks
 
 Arrays = dict[str, np.ndarray]
 Result = dict[str, Any]

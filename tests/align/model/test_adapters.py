@@ -12,25 +12,33 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
-from align.adapters import Adapter, AdapterConfig
-from align.algorithms import AlgorithmConfig
-from align.learner import LearnerConfig
-from align.model_folder import LOCAL
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
+from align.algorithm.config import AlgorithmConfig
+from align.learner.learner import LearnerConfig
+from align.learner.optimizer import OptimizerConfig
+from align.model.adapters import Adapter, AdapterConfig
+from align.model.folder import LOCAL
+from align.model.policy import Policy
 from align.rewards.reference import ReferenceRewardConfig
+from cluster.actors.learner import LearnerActor
+from cluster.actors.scorer import ScorerActor, ScorerConfig
 from cluster.faults import ConfigError
-from cluster.inputs import load_inputs
-from cluster.learning import LearnerActor
-from cluster.scorer import ScorerActor, ScorerConfig
+from cluster.spec.inputs import load_inputs
+from tests.align.learner.test_learner import (
+    assert_bitwise,
+    assert_close,
+    new_learner,
+    ragged_batch,
+    reduced,
+    update,
+    weights,
+)
+from tests.cluster.spec.test_config import refused
+from tests.cluster.spec.test_config import run_file as run_file
+from tests.cluster.spec.test_inputs import write_prompts
 from tests.conftest import random_qwen3
-from tests.families import random_model, write
-from tests.run_files import config
-from tests.test_config import refused
-from tests.test_config import run_file as run_file
-from tests.test_inputs import write_prompts
-from tests.test_learner import assert_bitwise, assert_close, new_learner, ragged_batch, reduced, update, weights
-from tests.trajectories import make_scored, make_trajectory
+from tests.fakes.families import random_model, write
+from tests.fakes.run_files import config
+from tests.fakes.trajectories import make_scored, make_trajectory
 
 IDS = torch.tensor([[5, 9, 30, 31, 32, 7], [8, 8, 40, 3, 11, 60]])
 KINDS = [

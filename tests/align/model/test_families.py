@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from align.policy import Policy
-from tests.families import FAMILIES, WINDOW, random_model, write
+from align.model.policy import Policy
+from tests.fakes.families import FAMILIES, WINDOW, random_model, write
 
 TOKEN_IDS = torch.randint(3, 30, (2, 40), generator=torch.Generator().manual_seed(0))
 

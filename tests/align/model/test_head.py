@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.head import Head
+from align.model.head import Head
 
 N, D, V = 23, 12, 700
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -20,11 +20,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from align.model_folder import checked_model_directory
-from align.policy import Policy
-from tests import reference as oracle
+from align.model.folder import checked_model_directory
+from align.model.policy import Policy
 from tests.conftest import VOCAB_SIZE, random_qwen3
-from tests.tabular import TabularLM
+from tests.oracles import formulas as oracle
+from tests.oracles.tabular import TabularLM
 
 IDS = torch.tensor([[5, 9, 30, 31, 32, 7], [8, 8, 40, 3, 11, 60]])
 

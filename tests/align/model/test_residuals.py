@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.policy import Policy
+from align.model.policy import Policy
 from tests.conftest import VOCAB_SIZE, random_qwen3
 
 ROWS, LENGTH = 96, 40

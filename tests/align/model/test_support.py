@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.support import kept_tokens, restricted
-from tests import reference as oracle
+from align.model.support import kept_tokens, restricted
+from tests.oracles import formulas as oracle
 
 P = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
 

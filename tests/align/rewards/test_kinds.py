@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from align.rewards import Reward
+from align.data.types import Group, Prompt, TokenRewards
 from align.rewards.exact_match import ExactMatch, ExactMatchConfig
 from align.rewards.extraction import Extraction
 from align.rewards.gym import GymRewardConfig, GymVerifier
@@ -35,8 +35,8 @@ from align.rewards.kinds import (
 from align.rewards.outcome import VerifierReward, at_the_end
 from align.rewards.overlong import OverlongConfig, OverlongReward, overlong_penalty
 from align.rewards.reference import ReferenceRewardConfig
-from align.types import Group, Prompt, TokenRewards
-from tests.trajectories import make_group, make_trajectory
+from align.rewards.reward import Reward
+from tests.fakes.trajectories import make_group, make_trajectory
 
 
 def section(**content: Any) -> RewardConfig:

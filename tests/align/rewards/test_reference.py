@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from align.batching import micro_batches
-from align.policy import Policy
+from align.data.batching import micro_batches
+from align.data.types import Group, TokenRewards
+from align.model.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig, token_reward
-from align.types import Group, TokenRewards
-from tests import reference as oracle
 from tests.conftest import random_qwen3
-from tests.tabular import TabularLM
-from tests.trajectories import make_group, make_trajectory
+from tests.fakes.trajectories import make_group, make_trajectory
+from tests.oracles import formulas as oracle
+from tests.oracles.tabular import TabularLM
 
 PLAIN = ReferenceRewardConfig()
 STATE = "我今天去了公园"

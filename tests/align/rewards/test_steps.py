@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from align.algorithms import AlgorithmConfig
-from align.batching import collate
-from align.objective import Objective
-from align.policy import Policy
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import collate
+from align.data.types import Group, ScoredGroup
+from align.model.policy import Policy
 from align.rewards.kinds import CompositeReward
 from align.rewards.overlong import OverlongConfig, OverlongReward
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.rewards.steps import paid_by_step, step_ends
-from align.types import Group, ScoredGroup
 from tests.conftest import random_qwen3
-from tests.trajectories import make_group, make_trajectory
+from tests.fakes.trajectories import make_group, make_trajectory
 
 BY_STEP = ReferenceRewardConfig(alpha=0.5, clip=3.0, step_separator=".")
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.algorithms import AlgorithmConfig
-from align.learner import LearnerConfig
-from align.optimizer import OptimizerConfig
+from align.algorithm.config import AlgorithmConfig
+from align.data.types import Group, Prompt, Ticket
+from align.learner.learner import LearnerConfig
+from align.learner.optimizer import OptimizerConfig
 from align.rewards.exact_match import ExactMatchConfig
 from align.rewards.kinds import RewardConfig
 from align.rewards.reference import ReferenceRewardConfig
-from align.types import Group, Prompt, Ticket
+from cluster.actors.learner import LearnerActor
+from cluster.actors.scorer import ScorerActor, ScorerConfig
 from cluster.faults import TrainingDiverged
-from cluster.learning import LearnerActor
-from cluster.scorer import ScorerActor, ScorerConfig
-from tests.trajectories import make_scored, make_trajectory
+from tests.fakes.trajectories import make_scored, make_trajectory
 
 
 def learner_actor(model_folder: Path, tmp_path: Path, reward: RewardConfig, **learner: Any) -> LearnerActor:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from align.model_folder import load_tokenizer
+from align.data.types import Group, Prompt, Ticket
+from align.model.folder import load_tokenizer
 from align.rewards.exact_match import ExactMatchConfig
 from align.rewards.kinds import RewardConfig
 from align.rewards.reference import ReferenceRewardConfig
-from align.types import Group, Prompt, Ticket
-from cluster.scorer import ScorerActor, ScorerConfig
-from tests.trajectories import make_trajectory
+from cluster.actors.scorer import ScorerActor, ScorerConfig
+from tests.fakes.trajectories import make_trajectory
 
 TEXT = ExactMatchConfig(extract="text")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from cluster.usage import BusyClock
+from cluster.actors.usage import BusyClock
 
 
 class Time:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster.actors.weights import WeightsConfig, export_weights, fingerprint
 from cluster.faults import TrainingDiverged
-from cluster.weights import WeightsConfig, export_weights, fingerprint
 
 Weights = dict[str, Tensor]
 SIZES = (1, 5, 1023, 1024, 1025, 2048, 3 * 1024 + 7)  # words: below, at and above whole rows of the checksum

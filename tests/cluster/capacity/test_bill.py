@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from align.epochs import minibatches
-from align.packing import pack
-from align.ranks import Ranks
-from cluster.bill import SHARED_GPU, Arithmetic, Rates, Role, StepTime, places, read_rates, roles
+from align.data.packing import pack
+from align.learner.epochs import minibatches
+from align.model.ranks import Ranks
+from cluster.capacity.bill import SHARED_GPU, Arithmetic, Rates, Role, StepTime, places, read_rates, roles
 from cluster.faults import ConfigError
-from cluster.shape import ModelShape
-from tests.run_files import config
+from cluster.spec.shape import ModelShape
+from tests.fakes.run_files import config
 
 SHAPE = ModelShape(num_parameters=1000, num_layers=2, hidden_size=8, vocab_size=50, num_kv_heads=2, head_dim=4)
 CPU = {"rollout": {"dtype": "float32"}}
@@ -21,7 +21,7 @@ CPU = {"rollout": {"dtype": "float32"}}
 
 def bill(**sections: dict[str, object]) -> dict[str, Role]:
     """The roles by name, without what a process takes before any model."""
-    from cluster.bill import _PROCESS_BYTES
+    from cluster.capacity.bill import _PROCESS_BYTES
 
     found = roles(config(**sections), SHAPE, SHAPE)
     return {

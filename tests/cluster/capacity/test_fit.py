@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.bill import Role
+from cluster.capacity.bill import Role
+from cluster.capacity.fit import Node, read_cluster, unplaced
 from cluster.faults import ConfigError
-from cluster.fit import Node, read_cluster, unplaced
 
 GIB = 2**30
 EIGHT_GPUS = Node(cpus=64, memory_gib=512, gpus=8, gpu_memory_gib=80)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from align.adapters import AdapterConfig
-from cluster.bill import Rates
+from align.model.adapters import AdapterConfig
+from cluster.capacity.bill import Rates
+from cluster.capacity.fit import Node
+from cluster.capacity.plan import plan
 from cluster.faults import ConfigError
-from cluster.fit import Node
-from cluster.plan import plan
-from cluster.shape import model_shape
-from tests.run_files import config
+from cluster.spec.shape import model_shape
+from tests.fakes.run_files import config
 
 
 def folder(path: Path, **sizes: Any) -> Path:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cluster.bill import Role, places, roles
-from cluster.config import RunConfig
+from cluster.capacity.bill import Role, places, roles
+from cluster.capacity.fit import Node, unplaced
+from cluster.capacity.remedies import check_fit, machine, settings_that_fit
 from cluster.faults import ResourceError
-from cluster.fit import Node, unplaced
-from cluster.remedies import check_fit, machine, settings_that_fit
-from cluster.shape import ModelShape
-from tests.run_files import config, tree
+from cluster.spec.config import RunConfig
+from cluster.spec.shape import ModelShape
+from tests.fakes.run_files import config, tree
 
 GIB = 2**30
 SHAPE = ModelShape(int(8e9), 32, 4096, 128_256, 8, 128)
@@ -31,7 +31,7 @@ def refusal(machines: list[Node], sections: dict[str, Any], **how: Any) -> Resou
 
 def changed(sections: dict[str, Any], settings: str) -> RunConfig:
     """The run with the settings of an advice, as a user would paste them."""
-    from cluster.config import _apply
+    from cluster.spec.config import _apply
 
     content = tree(**sections)
     for setting in re.findall(r"--set (\S+)", settings):

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.types import FinishReason, Group, Prompt, Ticket, Trajectory, VersionSpan
-from cluster.config import RunConfig
+from align.data.types import FinishReason, Group, Prompt, Ticket, Trajectory, VersionSpan
 from cluster.doctor import agreement as subject
 from cluster.doctor.agreement import agreement, compared
 from cluster.faults import ActorLost
-from cluster.loop import Rollout
-from tests.run_files import config
+from cluster.loop.loop import Rollout
+from cluster.spec.config import RunConfig
+from tests.fakes.run_files import config
 
 CFG = config(run={"group_size": 2}, rollout={"dtype": "float32"}, sampling={"temperature": 0.5, "max_tokens": 99})
 PROMPTS = [Prompt(str(i), "q", (5, 6)) for i in range(6)]

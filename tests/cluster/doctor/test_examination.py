@@ -14,15 +14,15 @@ import tomli_w
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.config import RunConfig
 from cluster.doctor import machine, storage
 from cluster.doctor.examination import before_a_run, examine, token
 from cluster.doctor.verdict import Verdict, checked, exit_code, merged, require, together
 from cluster.doctor.versions import TESTED
 from cluster.faults import ConfigError, ResourceError
-from cluster.folder import resolved
-from cluster.inputs import load_inputs
-from tests.run_files import config, write
+from cluster.record.folder import resolved
+from cluster.spec.config import RunConfig
+from cluster.spec.inputs import load_inputs
+from tests.fakes.run_files import config, write
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_as_json_every_verdict_is_an_object() -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster import placement
+    from cluster.fleet import placement
 
     def init(**_: object) -> None:
         raise ConnectionError("nobody answers")

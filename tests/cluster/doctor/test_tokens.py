@@ -9,13 +9,13 @@ import pytest
 from tokenizers import AddedToken
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from align.types import Prompt
-from cluster.config import RunConfig
+from align.data.types import Prompt
 from cluster.doctor.answers import answers, reference_answer
 from cluster.doctor.tokens import end_token_ids, tokens
 from cluster.doctor.verdict import Verdict
+from cluster.spec.config import RunConfig
 from tests.conftest import character_tokenizer, random_qwen3
-from tests.run_files import config
+from tests.fakes.run_files import config
 
 TEMPLATE = (
     "{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}<|close|>{% endfor %}"

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from cluster import placement, reservation
-from cluster.config import RunConfig
 from cluster.faults import ResourceError
-from cluster.placement import (
+from cluster.fleet import placement, reservation
+from cluster.fleet.placement import (
     Demand,
     check_memory,
     cluster_address,
@@ -25,7 +24,8 @@ from cluster.placement import (
     ray_session,
     within_reach,
 )
-from tests.run_files import config
+from cluster.spec.config import RunConfig
+from tests.fakes.run_files import config
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from align.metrics import Metric
+from cluster.actors.rollout import RolloutConfig
+from cluster.actors.weights import Link, WeightsConfig
 from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights
-from cluster.handles import Deadlines, LearnerHandle, RolloutHandle
-from cluster.publication import FleetHandle, canary_gap
-from cluster.rollout import RolloutConfig
-from cluster.weights import Link, WeightsConfig
+from cluster.fleet.handles import Deadlines, LearnerHandle, RolloutHandle
+from cluster.fleet.publication import FleetHandle, canary_gap
 
 CANARY = [[1, 2, 3]]
 LINK = Link("nccl", workers_per_engine=1, packed_buffer_bytes=1 << 20, deadline_s=5)
@@ -213,7 +213,9 @@ class World:
 @pytest.fixture(autouse=True)
 def kill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's kill, for the fakes."""
-    monkeypatch.setattr("cluster.handles.ray.kill", lambda actor, no_restart: setattr(actor.subject, "killed", True))
+    monkeypatch.setattr(
+        "cluster.fleet.handles.ray.kill", lambda actor, no_restart: setattr(actor.subject, "killed", True)
+    )
 
 
 def value(metrics: list[Metric], name: str) -> float:

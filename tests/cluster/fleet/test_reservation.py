@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster import reservation
 from cluster.faults import ResourceError
-from cluster.reservation import Reservation, told
-from tests.run_files import config
+from cluster.fleet import reservation
+from cluster.fleet.reservation import Reservation, told
+from tests.fakes.run_files import config
 
 
 class FakeGroup:

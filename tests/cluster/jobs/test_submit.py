@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import requests
 
-from cluster import submit
+from cluster.capacity.machines import with_memory
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
-from cluster.follow import advice, follow
-from cluster.machines import with_memory
-from cluster.submit import Jobs, read_resources, within
-from tests.run_files import config
-from tests.test_plan import folder
+from cluster.jobs import submit
+from cluster.jobs.follow import advice, follow
+from cluster.jobs.submit import Jobs, read_resources, within
+from tests.cluster.capacity.test_plan import folder
+from tests.fakes.run_files import config
 
 GONE = RuntimeError("Request failed with status code 404: Job demo does not exist.")
 AWAY = ConnectionError("nobody answers")

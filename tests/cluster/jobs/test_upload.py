@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster import upload
-from cluster.config import RunConfig, load_config
 from cluster.faults import ConfigError
-from cluster.upload import RUN_FILE, stage
-from tests.run_files import config
+from cluster.jobs import upload
+from cluster.jobs.upload import RUN_FILE, stage
+from cluster.spec.config import RunConfig, load_config
+from tests.fakes.run_files import config
+from tests.places import REPOSITORY
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ def test_the_model_that_a_critic_starts_from_is_taken_along(home: Path, tmp_path
 
 def test_the_code_that_submits_is_the_code_that_runs(home: Path, tmp_path: Path) -> None:
     staged(config(run={"dir": "/shared/run"}), tmp_path / "job")
-    for module in ("align/learner.py", "cluster/cli.py", "cluster/report.html.j2"):
-        ours = Path(upload.__file__).parents[1] / module
+    for module in ("align/learner/learner.py", "cluster/cli.py", "cluster/views/report.html.j2"):
+        ours = REPOSITORY / module
         assert (tmp_path / "job" / module).read_bytes() == ours.read_bytes()
     assert not list((tmp_path / "job").rglob("__pycache__"))
 

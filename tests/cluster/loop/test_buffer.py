@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.buffer import Buffer, Slot
+from cluster.loop.buffer import Buffer, Slot
 
 
 def at_once(work: Coroutine[Any, Any, Any]) -> Any:

@@ -10,14 +10,23 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from align.curriculum import CurriculumConfig
+from align.data.curriculum import CurriculumConfig
+from align.data.prompts import derive_seed
+from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
-from align.prompts import derive_seed
-from align.types import Prompt, Ticket
 from cluster.faults import ActorLost, NoSignal
-from cluster.filtering import Filter, FilterConfig, has_signal
-from cluster.loop import Run, run_loop
-from tests.test_loop import FakeActor, World, complete, flat, largest_staleness, make_run, run_and_act, trained
+from cluster.loop.filtering import Filter, FilterConfig, has_signal
+from cluster.loop.loop import Run, run_loop
+from tests.cluster.loop.test_loop import (
+    FakeActor,
+    World,
+    complete,
+    flat,
+    largest_staleness,
+    make_run,
+    run_and_act,
+    trained,
+)
 
 DROP = FilterConfig(drop_without_signal=True)
 MIXED, PASSED, FAILED = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
@@ -65,7 +74,7 @@ def test_what_is_dropped_is_what_gives_the_learner_no_advantage(
     """The learner's own mathematics is the oracle."""
     import torch
 
-    from align.returns import divide_by_group_std, group_outcome_mean
+    from align.algorithm.returns import divide_by_group_std, group_outcome_mean
 
     paid = torch.tensor(outcomes).clamp(*(outcome_range or (-torch.inf, torch.inf)))
     mask, groups = torch.ones(len(outcomes), 1, dtype=torch.bool), torch.zeros(len(outcomes), dtype=torch.long)

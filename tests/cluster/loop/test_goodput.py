@@ -12,14 +12,14 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from align.data.types import Ticket
 from align.metrics import reduce
-from align.types import Ticket
 from cluster.faults import ActorLost
-from cluster.filtering import FilterConfig
-from cluster.goodput import FATES, Goodput, shares
-from cluster.loop import Run, run_loop
-from cluster.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.test_loop import FakeActor, World, complete, make_run, run_and_act, trained
+from cluster.loop.filtering import FilterConfig
+from cluster.loop.goodput import FATES, Goodput, shares
+from cluster.loop.loop import Run, run_loop
+from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
+from tests.cluster.loop.test_loop import FakeActor, World, complete, make_run, run_and_act, trained
 
 STEPS, GROUPS = 5, 2
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.metrics import reduce
-from cluster.ledger import Ledger
+from cluster.loop.ledger import Ledger
 
 
 def counts(ledger: Ledger) -> tuple[float, float, float]:

@@ -16,16 +16,16 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from align.data.prompts import PromptStream
+from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
-from align.prompts import PromptStream
-from align.types import Prompt, Ticket
-from cluster.buffer import Buffer
 from cluster.faults import ActorLost, RestartBudgetSpent, StalenessViolation
-from cluster.filtering import Filter, FilterConfig
-from cluster.goodput import Goodput
-from cluster.ledger import Ledger
-from cluster.loop import Rollout, Run, first_error, run_loop
-from cluster.quarantine import Failure, Quarantine, QuarantineConfig
+from cluster.loop.buffer import Buffer
+from cluster.loop.filtering import Filter, FilterConfig
+from cluster.loop.goodput import Goodput
+from cluster.loop.ledger import Ledger
+from cluster.loop.loop import Rollout, Run, first_error, run_loop
+from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
 
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1, 2)) for number in range(5)]
 GROUP_SIZE = 2

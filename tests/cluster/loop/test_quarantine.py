@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from align.algorithms import AlgorithmConfig
-from align.batching import collate
-from align.learner import LearnerConfig
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import collate
+from align.data.types import Prompt, ScoredGroup, Ticket
+from align.learner.learner import LearnerConfig
+from align.learner.optimizer import OptimizerConfig
 from align.metrics import reduce
-from align.objective import Objective
-from align.optimizer import OptimizerConfig
 from align.rewards.reference import ReferenceRewardConfig
-from align.types import Prompt, ScoredGroup, Ticket
+from cluster.actors.learner import LearnerActor
 from cluster.faults import ActorLost, RewardError
-from cluster.learning import LearnerActor
-from cluster.loop import run_loop
-from cluster.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.test_loop import FakeActor, World, complete, flat, make_run, run_and_act, trained
-from tests.trajectories import make_scored, make_trajectory
+from cluster.loop.loop import run_loop
+from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
+from tests.cluster.loop.test_loop import FakeActor, World, complete, flat, make_run, run_and_act, trained
+from tests.fakes.trajectories import make_scored, make_trajectory
 
 
 def ticket(number: int, group_size: int = 4) -> Ticket:

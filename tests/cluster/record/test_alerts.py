@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.alerts import Alert, AlertConfig, Alerts
 from cluster.faults import ActorLost, RunError
+from cluster.record.alerts import Alert, AlertConfig, Alerts
 
 
 class FakeClock:

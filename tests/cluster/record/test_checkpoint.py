@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import checkpoint
-from cluster.checkpoint import Checkpoint, RunState
 from cluster.faults import CheckpointError
-from cluster.folder import hash_tree
+from cluster.record import checkpoint
+from cluster.record.checkpoint import Checkpoint, RunState
+from cluster.record.folder import hash_tree
 
 
 def state(version: int) -> RunState:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.learning import Answer
-from cluster.summary import Samples, read_rows, seconds_so_far, summarize_run
+from cluster.actors.learner import Answer
+from cluster.record.figures import Samples, read_rows, seconds_so_far, summarize_run
 
 ROWS: list[dict[str, Any]] = [
     {

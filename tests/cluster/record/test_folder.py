@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
 from cluster.faults import RunFolderError
-from cluster.folder import RunFolder, hash_tree, remove_tree, write_atomically
-from tests.run_files import config
+from cluster.record.folder import RunFolder, hash_tree, remove_tree, write_atomically
+from cluster.spec.config import load_config
+from tests.fakes.run_files import config
+from tests.places import REPOSITORY
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -117,15 +118,15 @@ def test_a_run_that_is_starting_up_keeps_its_config(tmp_path: Path) -> None:
 HOLD_AND_DIE = """
 import os, sys
 from pathlib import Path
-from cluster.folder import RunFolder
-from tests.run_files import config
+from cluster.record.folder import RunFolder
+from tests.fakes.run_files import config
 with RunFolder(Path(sys.argv[1]), config()).lock():
     os.kill(os.getpid(), 9)
 """
 
 
 def test_a_run_that_was_killed_holds_nothing(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
+    root = REPOSITORY
     died = subprocess.run([sys.executable, "-c", HOLD_AND_DIE, str(tmp_path)], cwd=root, timeout=60)
     assert died.returncode == -9
     assert (tmp_path / ".lock").is_file()

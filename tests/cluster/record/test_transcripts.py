@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from align.learner import UpdateStats
-from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
-from cluster import transcripts
+from align.data.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
+from align.learner.learner import UpdateStats
+from cluster.record import transcripts
 
 
 class FakeTokenizer:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 
+from align.data.prompts import PromptStream
+from align.data.types import Prompt, Ticket
 from align.metrics import reduce
-from align.prompts import PromptStream
-from align.types import Prompt, Ticket
-from cluster.evaluation import Evaluator, fixed_tickets, metrics_of
+from cluster.actors.learner import Answer
 from cluster.faults import ActorLost, RestartBudgetSpent
-from cluster.learning import Answer
-from cluster.loop import Rollout
-from cluster.placement import Workers
+from cluster.fleet.placement import Workers
+from cluster.loop.loop import Rollout
+from cluster.run.evaluation import Evaluator, fixed_tickets, metrics_of
 
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1,)) for number in range(6)]
 

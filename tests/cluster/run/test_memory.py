@@ -9,7 +9,7 @@ import time
 
 import psutil
 
-from cluster.memory import MemoryMeter, resident_bytes
+from cluster.run.memory import MemoryMeter, resident_bytes
 
 MIB = 1 << 20
 

@@ -11,30 +11,30 @@ import numpy as np
 import pytest
 import torch
 
-import cluster.handles
-from align.algorithms import AlgorithmConfig
-from align.learner import LearnerConfig
+import cluster.fleet.handles
+from align.algorithm.config import AlgorithmConfig
+from align.data.types import FinishReason, Group, Prompt, Ticket, Trajectory, VersionSpan
+from align.learner.learner import LearnerConfig
+from align.learner.optimizer import OptimizerConfig
 from align.metrics import Metric
-from align.optimizer import OptimizerConfig
-from align.policy import Policy
+from align.model.policy import Policy
 from align.rewards.reference import ReferenceRewardConfig
-from align.types import FinishReason, Group, Prompt, Ticket, Trajectory, VersionSpan
+from cluster.actors.learner import LearnerActor
+from cluster.actors.scorer import ScorerActor, ScorerConfig, Verdict
 from cluster.faults import RestartBudgetSpent, WrongWeights
-from cluster.learning import LearnerActor
-from cluster.loop import run_loop
-from cluster.reference import MovingReference, SavedReference
-from cluster.scorer import ScorerActor, ScorerConfig, Verdict
+from cluster.loop.loop import run_loop
+from cluster.run.moving_reference import MovingReference, SavedReference
+from tests.cluster.fleet.test_handles import DEAD, ROLLOUT, FakeActor, Scorers, failed_task, fails, gives, pool
+from tests.cluster.fleet.test_handles import complete as complete_handles
+from tests.cluster.loop.test_loop import World, complete, make_run, trained
 from tests.conftest import random_qwen3
-from tests.test_handles import DEAD, ROLLOUT, FakeActor, Scorers, failed_task, fails, gives, pool
-from tests.test_handles import complete as complete_handles
-from tests.test_loop import World, complete, make_run, trained
 
 
 @pytest.fixture(autouse=True)
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Actors that were killed; Ray is not running."""
     actors: list[Any] = []
-    monkeypatch.setattr(cluster.handles.ray, "kill", lambda actor, no_restart: actors.append(actor))
+    monkeypatch.setattr(cluster.fleet.handles.ray, "kill", lambda actor, no_restart: actors.append(actor))
     return actors
 
 

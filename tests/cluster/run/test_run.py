@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from tests.run_files import write
-from tests.wandb_files import API_KEY, run_python, wandb_records
+from tests.fakes.run_files import write
+from tests.harness.wandb_files import API_KEY, run_python, wandb_records
 
 HF_TOKEN = "hf_canary_0123456789"
 FRAME = """
 import asyncio, os, sys, time
 from pathlib import Path
 from align.metrics import Metric
-from cluster.config import load_config
+from cluster.spec.config import load_config
 from cluster.faults import ActorLost
-from cluster.folder import RunFolder
-from cluster.inputs import Inputs
-from cluster.sinks import Console
-from cluster.training import Training
+from cluster.record.folder import RunFolder
+from cluster.spec.inputs import Inputs
+from cluster.record.sinks.console import Console
+from cluster.run.run import Training
 
 class Failing(Training):
     async def _train(self):

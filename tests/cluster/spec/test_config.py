@@ -12,15 +12,16 @@ import pytest
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from align.algorithms import AlgorithmConfig
-from align.bundles import BUNDLES
-from cluster.config import RunConfig, load_config
+from align.algorithm.bundles import BUNDLES
+from align.algorithm.config import AlgorithmConfig
+from cluster.actors.rollout import engine_settings
 from cluster.faults import ConfigError
-from cluster.folder import resolved
-from cluster.rollout import engine_settings
-from tests.run_files import config, write
+from cluster.record.folder import resolved
+from cluster.spec.config import RunConfig, load_config
+from tests.fakes.run_files import config, write
+from tests.places import RUNS
 
-RUN_FILES = sorted((Path(__file__).parent.parent / "deploy" / "runs").rglob("*.toml"))
+RUN_FILES = sorted(RUNS.rglob("*.toml"))
 
 
 def refused(path: Path, *overrides: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cluster.config import RunConfig
 from cluster.faults import ConfigError
-from cluster.inputs import check_vocabularies, load_inputs
+from cluster.spec.config import RunConfig
+from cluster.spec.inputs import check_vocabularies, load_inputs
 from tests.conftest import VOCAB_SIZE
-from tests.run_files import config
+from tests.fakes.run_files import config
 
 
 class FakeTokenizer:

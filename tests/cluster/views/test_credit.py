@@ -10,17 +10,17 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from align import losses, surrogates
-from align.algorithms import AlgorithmConfig
-from align.batching import collate
-from align.bundles import BUNDLES
-from align.learner import UpdateStats
-from align.objective import Objective
-from align.types import ScoredGroup, TokenRewards
-from cluster import transcripts
-from cluster.credit import Credit, CreditUnknown, credits
+from align.algorithm import losses, surrogates
+from align.algorithm.bundles import BUNDLES
+from align.algorithm.config import AlgorithmConfig
+from align.algorithm.objective import Objective
+from align.data.batching import collate
+from align.data.types import ScoredGroup, TokenRewards
+from align.learner.learner import UpdateStats
+from cluster.record import transcripts
+from cluster.views.credit import Credit, CreditUnknown, credits
 from tests.conftest import character_tokenizer
-from tests.trajectories import make_group, make_trajectory
+from tests.fakes.trajectories import make_group, make_trajectory
 
 LENGTHS = ((1, 4, 2), (3, 3, 5))
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from align.types import ScoredGroup
-from cluster import transcripts
+from align.data.types import ScoredGroup
 from cluster.faults import ConfigError
-from cluster.folder import RunFolder
-from cluster.inspect import view
-from cluster.selection import Selection, ends
-from cluster.status import status
-from cluster.transcripts import Trajectories
+from cluster.record import transcripts
+from cluster.record.folder import RunFolder
+from cluster.record.transcripts import Trajectories
+from cluster.views.inspect import view
+from cluster.views.selection import Selection, ends
+from cluster.views.status import status
 from tests.conftest import character_tokenizer
-from tests.run_files import config
-from tests.trajectories import make_scored, make_trajectory
+from tests.fakes.run_files import config
+from tests.fakes.trajectories import make_scored, make_trajectory
 
 
 def shown(renderable: RenderableType) -> str:
@@ -170,6 +170,6 @@ def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ende
 
 
 def config_of(run: Path):  # type: ignore[no-untyped-def]
-    from cluster.config import load_config
+    from cluster.spec.config import load_config
 
     return load_config(run / "config.toml")

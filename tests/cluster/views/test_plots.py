@@ -4,7 +4,7 @@ import re
 from xml.etree import ElementTree
 
 from align.metrics import GLOSSARY
-from cluster import curves
+from cluster.views import plots as curves
 
 
 def texts_of(svg: str) -> list[str]:

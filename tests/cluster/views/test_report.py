@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from align.metrics import GLOSSARY, Definition
-from cluster.curves import COLORS
-from cluster.report import duration, memory, number, percent, read_run, verdict, write_report
+from cluster.views.plots import COLORS
+from cluster.views.report import duration, memory, number, percent, read_run, verdict, write_report
 
 FINISHED = {
     "status": "finished",

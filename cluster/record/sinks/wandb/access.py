@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from cluster.faults import TrackingError, WrongEntity
-from cluster.sinks.wandb import WandbConfig
+from cluster.record.sinks.wandb.sink import WandbConfig
 
 _ASK_S = 15
 

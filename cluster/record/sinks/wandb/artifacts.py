@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from cluster.sinks.wandb import WandbSink
+from cluster.record.sinks.wandb.sink import WandbSink
 
 ENVIRONMENT_FILES = ("config.toml", "environment.json")
 _PACKAGES = ("align", "cluster")
@@ -65,6 +65,6 @@ class WandbArtifacts:
 
 def sources() -> dict[str, Path]:
     """The sources of both packages as they are installed here, by their path in an artifact."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     files = (path for package in _PACKAGES for path in sorted((root / package).rglob("*")))
     return {str(path.relative_to(root)): path for path in files if path.suffix in _SOURCES}

@@ -7,9 +7,10 @@ import io
 from typing import Any
 
 from align.metrics import GLOSSARY
-from cluster.charts import AXES, axis_of, sections
 from cluster.faults import ConfigError, DashboardError
-from cluster.sinks import WandbConfig, check_online, entity_of
+from cluster.record.sinks.wandb.access import check_online, entity_of
+from cluster.record.sinks.wandb.axes import AXES, axis_of, sections
+from cluster.record.sinks.wandb.sink import WandbConfig
 
 NAME = "align"
 _FIRST = ("eval", "reward", "kl", "policy", "optimizer")  # sections that are open; the others unfold on a click

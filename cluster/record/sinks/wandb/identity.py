@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.sinks.wandb import WandbConfig
+    from cluster.record.sinks.wandb.sink import WandbConfig
 
 _IDENTITY = "wandb_id"
 
@@ -51,7 +51,7 @@ def whereabouts(
         return "not recorded (wandb.mode is 'disabled')"
     if not online:
         return f"recorded in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/offline-run-*"
-    from cluster.sinks.access import site_url
+    from cluster.record.sinks.wandb.access import site_url
 
     site = site_url()
     entity = cfg.entity or os.environ.get("WANDB_ENTITY") or entity

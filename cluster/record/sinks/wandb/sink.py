@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.metrics import GLOSSARY
-from cluster.charts import AXES, axis_of, summary_of
-from cluster.wandb_link import claim_run_id
+from cluster.record.sinks.wandb.axes import AXES, axis_of, summary_of
+from cluster.record.sinks.wandb.identity import claim_run_id
 
 if TYPE_CHECKING:
-    from cluster.alerts import Alert
+    from cluster.record.alerts import Alert
 
 ArtifactKind = Literal["environment", "code", "checkpoints", "policy"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.sinks.wandb import WandbSink
+from cluster.record.sinks.wandb.sink import WandbSink
 
 TABLE = "trajectory/samples"
 COLUMNS = ("prompt", "completion", "reward", "return", "version", "staleness", "finish_reason", "tokens", "ticket")
@@ -48,7 +48,7 @@ def table(path: Path, step: int, num_rows: int, discount: float) -> tuple[list[s
     `sum_t discount^t R_t`; `version` the oldest that sampled a token, `staleness` how late it was trained.
 
     Args:
-        path: Parquet file of the step, from `cluster.transcripts`.
+        path: Parquet file of the step, from `cluster.record.transcripts`.
         step: The step, which version `step - 1` was updated by.
         num_rows: Most rows.
         discount: Of the returns.

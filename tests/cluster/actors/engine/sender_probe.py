@@ -110,7 +110,7 @@ class FakeStream:
 
 
 def link(transport: str, **changes: Any) -> Any:
-    from cluster.weights import Link
+    from cluster.actors.weights import Link
 
     return Link(
         **{"transport": transport, "workers_per_engine": 2, "packed_buffer_bytes": 64, "deadline_s": 5} | changes
@@ -118,7 +118,7 @@ def link(transport: str, **changes: Any) -> Any:
 
 
 def wire() -> Any:
-    from cluster.weights import WireWeights
+    from cluster.actors.weights import WireWeights
 
     return WireWeights(TENSORS.items, "bfloat16", lambda: {name: tuple(t.shape) for name, t in TENSORS.items()})
 
@@ -144,7 +144,7 @@ def without_gpu(group_of: Callable[..., FakeGroup]) -> None:
 
 
 def nccl_032() -> dict[str, Any]:
-    from cluster.engine.sender import connect
+    from cluster.actors.engine.sender import connect
 
     log: list[tuple[Any, ...]] = []
     group, rendezvous = FakeGroup(log), {}
@@ -180,7 +180,7 @@ def nccl_032() -> dict[str, Any]:
 def failures_032() -> dict[str, Any]:
     """An engine that dies or hangs in each call: what the learner says, what the other engine was told by then, and
     whether the group was given up."""
-    from cluster.engine.sender import connect
+    from cluster.actors.engine.sender import connect
     from cluster.faults import RunError
 
     found = {}
@@ -209,7 +209,7 @@ def failures_032() -> dict[str, Any]:
 def ipc_032() -> dict[str, Any]:
     from vllm.distributed.weight_transfer import ipc_engine
 
-    from cluster.engine.sender import connect
+    from cluster.actors.engine.sender import connect
 
     log: list[tuple[Any, ...]] = []
     handle = {"GPU-1": (torch.Tensor, torch.Size([2, 3]), (3, 1), 0, b"handle")}
@@ -343,7 +343,7 @@ def pretend_026(group: FakeGroup) -> None:
 
 
 def nccl_026() -> dict[str, Any]:
-    from cluster.engine.sender import connect
+    from cluster.actors.engine.sender import connect
 
     log: list[tuple[Any, ...]] = []
     group = FakeGroup(log)
@@ -373,7 +373,7 @@ def nccl_026() -> dict[str, Any]:
 
 
 def ipc_026() -> dict[str, Any]:
-    from cluster.engine.sender import connect
+    from cluster.actors.engine.sender import connect
 
     log: list[tuple[Any, ...]] = []
     pretend_026(FakeGroup(log))
@@ -391,7 +391,7 @@ def ipc_026() -> dict[str, Any]:
 
 def engines_on_gpus() -> list[str | None]:
     """How vLLM is told to start the workers of engines of one, two and four GPUs."""
-    from cluster.engine import EngineSettings
+    from cluster.actors.engine.engine import EngineSettings
 
     settings = [
         EngineSettings(Path("m"), "bfloat16", 1, 64, 8, None, on_gpu=True, tensor_parallel_size=size)
@@ -401,6 +401,6 @@ def engines_on_gpus() -> list[str | None]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[4]))
     parts = [nccl_032, failures_032, ipc_032, nccl_026, ipc_026, engines_on_gpus]
     print(json.dumps({part.__name__: part() for part in parts}))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from align.policy import Policy
+from align.model.policy import Policy
+from cluster.actors.weights import Link, WeightsConfig, WireWeights, export_weights, fingerprint, inspect
 from cluster.faults import TrainingDiverged
-from cluster.weights import Link, WeightsConfig, WireWeights, export_weights, fingerprint, inspect
 
 UPDATE = ["begin_update", "start_weight_update", "update_weights", "finish_weight_update"]
 

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +13,10 @@ import pytest
 import yaml
 
 from align.metrics import GLOSSARY
-from cluster.prometheus import PrometheusSink, gauge_name
+from cluster.record.sinks.prometheus import PrometheusSink, gauge_name
+from tests.places import DEPLOY
 
-GRAFANA = Path(__file__).parent.parent / "deploy" / "grafana"
+GRAFANA = DEPLOY / "grafana"
 SERVED = {"ray_" + gauge_name(name) for name in GLOSSARY}
 
 

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.faults import ConfigError
-from cluster.selection import Selection
-from cluster.web import server
-from cluster.web.colours import LEVELS, Scale
-from cluster.web.pages import Pages
-from cluster.web.server import Server, address
-from tests import web_runs
-from tests.web_runs import HOSTILE, PIECES
+from cluster.views.selection import Selection
+from cluster.views.web import server
+from cluster.views.web.colours import LEVELS, Scale
+from cluster.views.web.pages import Pages
+from cluster.views.web.server import Server, address
+from tests.fakes import web_runs
+from tests.fakes.web_runs import HOSTILE, PIECES
 
 PAGES = ("/", "/trajectories", "/step/1", "/step/1/ticket/0", "/step/1/ticket/0/repeat/0", "/report")
 
@@ -261,7 +261,7 @@ def test_the_report_links_to_the_trajectories_of_its_training_prompts(pages: Pag
 
 
 def test_the_report_in_the_folder_says_the_command_and_where_to_look(run: Path) -> None:
-    from cluster.report import write_report
+    from cluster.views.report import write_report
 
     page = Parsed(write_report(run).read_text())
     assert "align inspect . --web" in page.text

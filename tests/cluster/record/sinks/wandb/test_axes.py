@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from align.metrics import GLOSSARY
-from cluster.charts import _HIGHER_IS_BETTER, _LOWER_IS_BETTER, _OTHER_AXES, AXES, axis_of, sections, summary_of
+from cluster.record.sinks.wandb.axes import (
+    _HIGHER_IS_BETTER,
+    _LOWER_IS_BETTER,
+    _OTHER_AXES,
+    AXES,
+    axis_of,
+    sections,
+    summary_of,
+)
 
 
 def test_every_metric_is_in_one_section_in_the_order_of_the_glossary() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from align.metrics import GLOSSARY
-from cluster.charts import axis_of, section_of
-from tests.wandb_files import API_KEY, run_python
-from tests.wandb_server import fake_wandb
+from cluster.record.sinks.wandb.axes import axis_of, section_of
+from tests.fakes.wandb_server import fake_wandb
+from tests.harness.wandb_files import API_KEY, run_python
 
 pytest.importorskip("wandb_workspaces", reason="the extra 'dashboard' is not installed")
 ALIGN = "import sys; sys.argv = ['align', 'dashboard', *{arguments!r}]; from cluster.cli import main; main()"

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.sinks import WandbConfig
-from cluster.wandb_link import claim_run_id, known_run_id, whereabouts
+from cluster.record.sinks.wandb.identity import claim_run_id, known_run_id, whereabouts
+from cluster.record.sinks.wandb.sink import WandbConfig
 
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_ENTITY", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("cluster.sinks.access.site_url", lambda: "https://wandb.example.org")
+    monkeypatch.setattr("cluster.record.sinks.wandb.access.site_url", lambda: "https://wandb.example.org")
 
 
 def write_checkpoint(run_dir: Path, step: int, identity: str) -> None:
@@ -79,13 +79,13 @@ def test_without_an_upload_the_link_is_the_folder_and_the_command(tmp_path: Path
 
 
 def test_the_link_is_made_without_loading_wandb() -> None:
-    code = "import sys, cluster.wandb_link; print('wandb' in sys.modules)"
+    code = "import sys, cluster.record.sinks.wandb.identity; print('wandb' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 
 
 def test_the_site_is_that_of_the_server_that_the_environment_names() -> None:
-    code = "from cluster.sinks.access import site_url; print(site_url())"
+    code = "from cluster.record.sinks.wandb.access import site_url; print(site_url())"
     environment = os.environ | {"WANDB_BASE_URL": "https://api.example.org", "WANDB_ERROR_REPORTING": "false"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60

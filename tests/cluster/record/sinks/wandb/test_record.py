@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
-from cluster import transcripts
-from cluster.sinks.artifacts import sources
-from cluster.sinks.tables import TABLE, table
-from tests.wandb_files import API_KEY, run_python, wandb_records, wandb_rows
-from tests.wandb_server import fake_wandb
+from align.data.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
+from cluster.record import transcripts
+from cluster.record.sinks.wandb.artifacts import sources
+from cluster.record.sinks.wandb.tables import TABLE, table
+from tests.fakes.wandb_server import fake_wandb
+from tests.harness.wandb_files import API_KEY, run_python, wandb_records, wandb_rows
 
 HF_TOKEN = "hf_canary_0123456789"
 
@@ -81,8 +81,11 @@ def test_a_table_is_bounded_and_reaches_from_the_lowest_reward_to_the_highest(tm
 EVERYTHING = """
 import json, os
 from pathlib import Path
-from cluster.alerts import Alert, AlertConfig, Alerts
-from cluster.sinks import Sinks, TrajectoryTables, WandbArtifacts, WandbConfig, WandbSink
+from cluster.record.alerts import Alert, AlertConfig, Alerts
+from cluster.record.sinks.sink import Sinks
+from cluster.record.sinks.wandb.tables import TrajectoryTables
+from cluster.record.sinks.wandb.artifacts import WandbArtifacts
+from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
 run = Path("run").absolute()
 (run / "policy").mkdir()
 (run / "policy" / "model.safetensors").write_text("weights")
@@ -162,7 +165,7 @@ def test_environment_and_code_are_what_the_run_wrote_and_was_made_of(recorded: d
         assert Path(path).read_text() == name
     (code,) = artifacts(recorded, "code")
     assert {entry.path for entry in code.manifest.contents} == set(sources())
-    assert {"align/learner.py", "cluster/loop.py", "cluster/report.html.j2"} <= set(sources())
+    assert {"align/learner/learner.py", "cluster/loop/loop.py", "cluster/views/report.html.j2"} <= set(sources())
 
 
 def test_weights_are_references_to_their_folders_and_no_copies(recorded: dict[str, Any]) -> None:
@@ -198,7 +201,7 @@ def test_no_file_holds_a_secret_of_the_environment(recorded: dict[str, Any]) -> 
 
 RESUME = """
 from pathlib import Path
-from cluster.sinks import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
 earlier = [{"step": 0}, *({"step": k, "tokens/trained": 10} for k in (1, 2, 3, 4))]
 sink = WandbSink(WandbConfig(mode="offline"), Path("run").absolute(), "r", {}, False, earlier=earlier, earlier_s=100.0)
 for step in (3, 4, 5):  # the checkpoint was after step 2: steps 3 and 4 come again
@@ -225,8 +228,9 @@ def test_tokens_and_time_go_on_after_a_resume_and_steps_that_come_again_count_on
 UPLOAD = """
 import json, time
 from pathlib import Path
-from cluster.alerts import Alert
-from cluster.sinks import WandbConfig, WandbSink, check_online, entity_of
+from cluster.record.alerts import Alert
+from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.access import check_online, entity_of
 run, warnings = Path("run").absolute(), []
 run.mkdir()
 cfg = WandbConfig(entity=ENTITY, deadline_s=60)
@@ -281,7 +285,8 @@ def test_an_upload_that_the_server_refuses_is_a_warning_with_its_reason_and_the_
 
 CHECK_ENTITY = """
 from cluster.faults import RunError
-from cluster.sinks import WandbConfig, check_online
+from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.access import check_online
 for entity in ("me", "team", "teem"):
     try:
         print(check_online(WandbConfig(entity=entity), print))
@@ -302,7 +307,7 @@ def test_an_entity_that_the_key_does_not_belong_to_is_refused_with_those_that_it
 
 
 def test_a_project_that_wandb_could_not_name_is_refused_by_the_run_file() -> None:
-    from cluster.sinks import WandbConfig
+    from cluster.record.sinks.wandb.sink import WandbConfig
 
     for name in ("a/b", "what?", "x" * 129, ""):
         with pytest.raises(ValueError, match="project"):

@@ -1,0 +1,1 @@
+"""Rewards to a loss: pure functions of tensors and numbers, and the bundles that name them."""

@@ -1,0 +1,1 @@
+"""Prompts to batches: the types that all share, files and generators, a seeded order, packing."""

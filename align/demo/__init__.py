@@ -1,0 +1,1 @@
+"""The small world of the demo: its language, its parser, its models."""

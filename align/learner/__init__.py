@@ -1,0 +1,1 @@
+"""The update: one batch in, optimizer steps, statistics out."""

@@ -1,0 +1,1 @@
+"""What judges a group of trajectories, token by token."""

@@ -1,0 +1,1 @@
+"""The driver's side of Ray: where processes run, calls with deadlines, publication."""

@@ -1,0 +1,1 @@
+"""One run from its first process to its report."""

@@ -1,0 +1,1 @@
+"""What reads a run folder: status, inspect, report, plots."""
