@@ -18,7 +18,7 @@ from cluster.fleet.placement import Demand
 from cluster.spec.config import load_config
 from tests.deploy.kustomize import Object, apply, build
 from tests.deploy.operator import cluster_spec, groups, problems
-from tests.deploy.test_runs import MODELS
+from tests.fakes.published_models import MODELS
 from tests.places import REPOSITORY
 
 KUBERAY = REPOSITORY / "deploy" / "kuberay"
