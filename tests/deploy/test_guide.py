@@ -7,7 +7,7 @@ import re
 import pytest
 
 from align.metrics import GLOSSARY
-from tests.deploy.test_runs import CLUSTERS
+from tests.fakes.published_models import CLUSTERS
 from tests.places import DEPLOY
 
 GUIDE = (DEPLOY / "README.md").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gzip
 import json
 import os
 import re
@@ -11,14 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-import yaml
 
 from cluster.fleet.placement import Demand
 from cluster.spec.config import load_config
 from tests.deploy.kustomize import Object, apply, build
 from tests.deploy.operator import cluster_spec, groups, problems
-from tests.deploy.test_runs import MODELS
+from tests.deploy.schemas.reduce import REDUCED, reduced
+from tests.fakes.published_models import MODELS
 from tests.places import REPOSITORY
 
 KUBERAY = REPOSITORY / "deploy" / "kuberay"
@@ -127,36 +127,16 @@ def test_what_the_operator_refuses_is_found(changes: dict[str, Any], problem: st
 
 
 @cache
+def schemas() -> dict[str, Any]:
+    """The operator's own: those that KUBERAY_CRDS names, else those that are shipped."""
+    return reduced(Path(CRDS)) if CRDS else json.loads(REDUCED.read_text())
+
+
 def schema(kind: str) -> Any:
-    """The operator's own schema of a kind, closed: a field that it does not name is an error."""
-    import jsonschema
-
-    path = Path(str(CRDS)) / f"ray.io_{kind.lower()}s.yaml"
-    text = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
-    versions = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
-    found = next(version for version in versions if version["name"] == "v1")["schema"]["openAPIV3Schema"]
-    found["properties"]["metadata"] = {"type": "object"}
-    return jsonschema.Draft202012Validator(closed(found))
+    """A validator of a kind, closed: a field that the operator does not name is an error."""
+    return jsonschema.Draft202012Validator(schemas() | {"$ref": f"#/$defs/{kind}"})
 
 
-def closed(part: Any) -> Any:
-    """Kubernetes' dialect of a schema as JSON schema."""
-    if isinstance(part, list):
-        return [closed(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    part = {key: value if key in ("enum", "default", "required") else closed(value) for key, value in part.items()}
-    if part.pop("x-kubernetes-int-or-string", False):
-        part.pop("type", None)
-        part["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    if part.get("type") == "object" and "properties" in part and not part.get("x-kubernetes-preserve-unknown-fields"):
-        part.setdefault("additionalProperties", False)
-    return part
-
-
-@pytest.mark.skipif(
-    CRDS is None, reason="KUBERAY_CRDS names no folder with the operator's ray.io_rayjobs.yaml and _rayclusters"
-)
 @EACH
 def test_it_has_the_form_of_the_operators_published_schema(overlay: str) -> None:
     target = ray(overlay)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomli_w
 
-from cluster.spec.config import RunConfig
+from cluster.faults import ConfigError
+from cluster.spec.config import RunConfig, load_config
 
 LEAST: dict[str, Any] = {
     "run": {"steps": 3, "prompts_per_step": 2},
@@ -37,4 +40,17 @@ def config(**sections: dict[str, Any] | None) -> RunConfig:
 def write(path: Path, **sections: dict[str, Any] | None) -> Path:
     """The same as a file."""
     path.write_text(tomli_w.dumps(tree(**sections)), encoding="utf-8")
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """The message of the ConfigError that a run file gives."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.advice
+    return caught.value.message
+
+
+def write_prompts(path: Path, *prompts: str) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
     return path

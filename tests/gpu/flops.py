@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import Qwen3Config
+
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 """Dense bfloat16 per second of the SXM boards, by a part of the device's name; from NVIDIA's data sheets."""
 
@@ -35,3 +37,12 @@ def step_flops(config: Any, lengths: Sequence[int]) -> float:
 def peak_flops(device_name: str) -> float | None:
     """Of the device with this name, None if it is not in the table."""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+
+
+_QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": True}
+CONFIGS = {
+    "0.6B": Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, **_QWEN3
+    ),
+    "4B": Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, **_QWEN3),
+}

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from tests.gpu.flops import matrix_parameters, peak_flops, step_flops
-from tests.gpu.test_learner import CONFIGS
+from tests.gpu.flops import CONFIGS, matrix_parameters, peak_flops, step_flops
 
 
 def test_the_parameters_are_those_of_the_models_linear_layers() -> None:

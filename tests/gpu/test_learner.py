@@ -20,22 +20,14 @@ from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.model.policy import Policy
 from tests.fakes.trajectories import make_scored, make_trajectory
-from tests.gpu.flops import peak_flops, step_flops
+from tests.gpu.flops import _QWEN3, CONFIGS, peak_flops, step_flops
 from tests.harness.commands import DEMO, align
-from tests.integration.conftest import tiny_task  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, torch sees none"),
 ]
 
-_QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": True}
-CONFIGS = {
-    "0.6B": Qwen3Config(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, **_QWEN3
-    ),
-    "4B": Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, **_QWEN3),
-}
 GOALS = {"0.6B": 0.35, "4B": 0.45}
 NUM_TOKENS, LENGTH = 16_384, 2048
 PROMPT_TOKENS = 128

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align.learner.optimizer import Optimizer, OptimizerConfig
-from tests.conftest import random_qwen3
+from tests.fakes.models import random_qwen3
 
 pytestmark = [
     pytest.mark.gpu,

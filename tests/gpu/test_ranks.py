@@ -7,8 +7,10 @@ import torch
 
 from align.model.policy import Policy
 from align.model.ranks import Ranks, host, join
-from tests.align.learner.test_ranks import PLAIN, assert_bitwise, assert_close, batch_of, new_learner, step, weights
-from tests.conftest import character_tokenizer, random_qwen3
+from tests.fakes.batches import batch_of
+from tests.fakes.models import character_tokenizer, random_qwen3
+from tests.fakes.rank_learners import PLAIN, new_learner, step, weights
+from tests.oracles.equality import assert_bitwise, assert_near
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,6 +29,6 @@ def test_one_rank_on_nccl_takes_the_steps_of_a_learner_that_is_alone() -> None:
         for number in range(3):
             batch = batch_of(number)
             assert step(sharded, batch) == pytest.approx(step(alone, batch), rel=1e-4, abs=1e-5)
-        assert_close(weights(sharded), weights(alone))
+        assert_near(weights(sharded), weights(alone))
     finally:
         torch.distributed.destroy_process_group()

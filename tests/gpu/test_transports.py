@@ -16,7 +16,6 @@ import torch
 
 from cluster.actors.weights import WeightsConfig
 from tests.harness.commands import DEMO, AlignProcess, align, last_step, wait_until
-from tests.integration.conftest import tiny_task  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("tiny_task")]
 

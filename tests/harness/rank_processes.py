@@ -17,7 +17,7 @@ _context = multiprocessing.get_context(
     "forkserver"
 )  # imports once; a fork of this process could not run backward passes
 _context.set_forkserver_preload(
-    ["tests.harness.rank_processes", "tests.conftest", "transformers.models.qwen3.modeling_qwen3", "peft"]
+    ["tests.harness.rank_processes", "tests.fakes.rank_learners", "transformers.models.qwen3.modeling_qwen3", "peft"]
 )
 
 

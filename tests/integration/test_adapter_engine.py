@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.families import write
-from tests.integration.test_engine import write_small_model
+from tests.fakes.models import write_small_model
 
 pytestmark = pytest.mark.integration
 

@@ -10,8 +10,7 @@ import pytest
 
 from align.model.adapters import AdapterConfig
 from cluster.spec.shape import model_shape
-from tests.harness.commands import AlignProcess, last_step, summary, trajectories, wait_until
-from tests.integration.test_adapters import (
+from tests.harness.adapter_runs import (
     STEPS,
     assert_both_exports_are_the_policy,
     assert_engines_compute_what_the_learner_does,
@@ -20,6 +19,7 @@ from tests.integration.test_adapters import (
     rows,
     train,
 )
+from tests.harness.commands import AlignProcess, last_step, summary, trajectories, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 

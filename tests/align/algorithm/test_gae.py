@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align.algorithm import losses, returns
-from tests.align.algorithm.test_returns import NUMBERS, Ragged, assert_equal, ragged
+from tests.fakes.ragged import NUMBERS, Ragged, ragged
 from tests.oracles import critic as oracle
+from tests.oracles.equality import assert_equal
 
 SHARE = st.floats(0, 1)
 ROW = torch.ones(1, 3, dtype=torch.bool)

@@ -15,40 +15,18 @@ from align.algorithm.bundles import BUNDLES
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import Batch, collate
-from align.data.types import FinishReason
 from align.model.policy import Policy
-from tests.align.learner.test_learner import assert_bitwise, assert_close, new_learner, reduced, update, weights
-from tests.align.learner.test_learner import new_policy as new_policy
-from tests.conftest import VOCAB_SIZE
+from tests.fakes.batches import group_batch, three_rows
+from tests.fakes.learners import EXTRA, new_learner, reduced, update, weights
 from tests.fakes.trajectories import make_scored, make_trajectory
+from tests.oracles.equality import assert_bitwise, assert_close
 from tests.oracles.tabular import TabularLM
 
 NAMES = sorted(BUNDLES)
-EXTRA = {"dr_grpo": {"loss_length": 12}}
-"""What a bundle asks the run for."""
 
 
 def algorithm(name: str, **parts: Any) -> AlgorithmConfig:
     return AlgorithmConfig(name=name, **EXTRA.get(name, {}), **parts)
-
-
-def group_batch(seed: int = 0) -> Batch:
-    """Two groups of three ragged trajectories, mildly off-policy, with a reference; the last one was cut off by length."""
-    generator = torch.Generator().manual_seed(seed)
-    scored = []
-    for number, lengths in enumerate(((5, 1, 9), (3, 6, 4))):
-        trajectories, rewards = [], []
-        for completion in lengths:
-            ids = torch.randint(3, VOCAB_SIZE, (2 + completion,), generator=generator).tolist()
-            logprobs = (-4 * torch.rand(completion, generator=generator)).tolist()
-            trajectories.append(make_trajectory(ids[:2], ids[2:], logprobs))
-            rewards.append(torch.randn(completion, generator=generator).tolist())
-        if number == 1:
-            trajectories[-1] = dataclasses.replace(trajectories[-1], finish_reason=FinishReason.LENGTH)
-        scored.append(make_scored(trajectories, rewards, number))
-    batch = collate(scored)
-    ref = batch.behavior_logprobs + 0.5 * torch.randn(batch.rewards.shape, generator=generator)
-    return dataclasses.replace(batch, ref_logprobs=ref)
 
 
 # --- bundles -----------------------------------------------------------------------------------------------------
@@ -195,12 +173,6 @@ def test_a_batch_of_constant_groups_has_advantages_of_exactly_0(name: str) -> No
 
 
 # --- advantages by hand ------------------------------------------------------------------------------------------
-
-
-def three_rows(rewards: tuple[list[float], list[float], list[float]]) -> Batch:
-    """A group of a trajectory of two tokens and one of one, and one alone of one token, on a bandit."""
-    first = make_scored([make_trajectory([0], [1, 2]), make_trajectory([0], [1])], rewards[:2])
-    return collate([first, make_scored([make_trajectory([0], [2])], rewards[2:], number=1)])
 
 
 OUTCOME = {"rewards": "outcome"}

@@ -9,24 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align.algorithm import returns
+from tests.fakes.ragged import NUMBERS, Ragged, ragged
 from tests.oracles import formulas as oracle
-
-NUMBERS = st.floats(-8, 8, width=32)
-Ragged = tuple[Tensor, Tensor]
-
-
-@st.composite
-def ragged(draw: st.DrawFn) -> Ragged:
-    """Rewards [B, T] in float64 and a mask with holes, ragged ends and rows without any action."""
-    num_rows, num_tokens = draw(st.integers(1, 4)), draw(st.integers(1, 7))
-    row = st.lists(NUMBERS, min_size=num_tokens, max_size=num_tokens)
-    mask = st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens)
-    rows = [draw(row) for _ in range(num_rows)]
-    return torch.tensor(rows, dtype=torch.float64), torch.tensor([draw(mask) for _ in range(num_rows)])
-
-
-def assert_equal(actual: Tensor, expected: list[list[float]]) -> None:
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=1e-9, atol=1e-9)
+from tests.oracles.equality import assert_equal
 
 
 def test_reward_to_go_of_a_row_computed_by_hand() -> None:

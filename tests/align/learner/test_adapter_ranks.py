@@ -16,22 +16,11 @@ from align.model.adapters import Adapter, AdapterConfig
 from align.model.folder import LOCAL
 from align.model.policy import Policy
 from align.model.ranks import Ranks
-from tests.align.learner.test_ranks import (
-    PLAIN,
-    STEPS,
-    Arrays,
-    Result,
-    adam_state,
-    assert_bitwise,
-    assert_close,
-    batch_of,
-    gathered,
-    look,
-    new_learner,
-    step,
-)
-from tests.conftest import character_tokenizer, random_qwen3
+from tests.fakes.batches import batch_of
+from tests.fakes.models import character_tokenizer, random_qwen3
+from tests.fakes.rank_learners import PLAIN, STEPS, Arrays, Result, adam_state, gathered, look, new_learner, step
 from tests.harness.rank_processes import on_ranks
+from tests.oracles.equality import assert_bitwise, assert_near
 
 KINDS = ("lora", "dora")
 FACTOR_TOLERANCE = 1e-5
@@ -130,7 +119,7 @@ def test_an_adapter_learns_on_many_ranks_what_it_learns_on_one(
     found, expected = (two if num_ranks == 2 else four[0])[kind], one[kind]
     for these, those in zip(found["logged"], expected["logged"], strict=True):
         assert these == pytest.approx(those, rel=1e-5, abs=1e-6)
-    assert_close(found["merged"], expected["merged"])
+    assert_near(found["merged"], expected["merged"])
     start = dict(random_qwen3(seed=0, tied=True).named_parameters())
     moved = {
         name for name, value in expected["merged"].items() if np.abs(value - start[name].detach().numpy()).max() > 1e-3
@@ -143,7 +132,7 @@ def test_engines_get_the_factors_that_one_rank_sends(
     num_ranks: int, one: dict[str, Result], two: dict[str, Result], four: tuple[dict[str, Result], Any]
 ) -> None:
     found, expected = (two if num_ranks == 2 else four[0])["lora"]["sent"], one["lora"]["sent"]
-    assert_close(found, expected, FACTOR_TOLERANCE)
+    assert_near(found, expected, FACTOR_TOLERANCE)
     assert list(found) == list(expected)
     assert {name.split(".")[-2] for name in found} == {"lora_A", "lora_B"}
 
@@ -161,7 +150,7 @@ def test_both_folders_of_two_ranks_are_the_policy_that_they_publish(
     first.save_pretrained(folder / "first")
     plain = AutoModelForCausalLM.from_pretrained(folder / "first", dtype=torch.float32, **LOCAL)
     merged = PeftModel.from_pretrained(plain, folder / "policy_adapter").merge_and_unload()
-    assert_close({n: w.detach().numpy() for n, w in merged.named_parameters()}, published)
+    assert_near({n: w.detach().numpy() for n, w in merged.named_parameters()}, published)
     assert len(load_file(folder / "policy_adapter" / "adapter_model.safetensors")) == (2 if kind == "lora" else 3) * 14
 
 

@@ -15,21 +15,10 @@ from align.data.batching import Batch
 from align.learner.critic import Critic, CriticConfig
 from align.learner.learner import Learner
 from align.model.policy import Policy
-from tests.align.learner.test_learner import (
-    adam_state,
-    assert_bitwise,
-    assert_close,
-    bandit,
-    bandit_batch,
-    new_learner,
-    poisoned,
-    ragged_batch,
-    reduced,
-    update,
-    weights,
-)
-from tests.align.learner.test_learner import new_policy as new_policy
+from tests.fakes.batches import bandit_batch, poisoned, ragged_batch
 from tests.fakes.critics import new_critic
+from tests.fakes.learners import adam_state, bandit, new_learner, reduced, update, weights
+from tests.oracles.equality import assert_bitwise, assert_close
 
 PPO: dict[str, Any] = {"name": "ppo", "kl": "none", "kl_coefficient": 0.0}
 WHOLE_RETURN: dict[str, Any] = {"baseline": "critic", "gae_lambda": 1.0}

@@ -19,21 +19,9 @@ from align.data.batching import Batch, micro_batches
 from align.data.packing import pack
 from align.learner.epochs import minibatches, old_logprobs
 from align.model.policy import Policy
-from tests.align.algorithm.test_objective import group_batch
-from tests.align.learner.test_learner import (
-    adam_state,
-    assert_bitwise,
-    assert_close,
-    bandit,
-    bandit_batch,
-    new_learner,
-    poisoned,
-    ragged_batch,
-    reduced,
-    update,
-    weights,
-)
-from tests.align.learner.test_learner import new_policy as new_policy
+from tests.fakes.batches import bandit_batch, group_batch, poisoned, ragged_batch
+from tests.fakes.learners import adam_state, bandit, new_learner, reduced, update, weights
+from tests.oracles.equality import assert_bitwise, assert_close
 
 CLIP: dict[str, Any] = {"surrogate": "ppo_clip", "importance": "none"}
 DECOUPLED: dict[str, Any] = {"surrogate": "ppo_clip", "proximal": "recomputed", "importance": "truncated"}

@@ -23,7 +23,7 @@ from align.data.types import ScoredGroup, TokenRewards
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.model.policy import Policy
-from tests.align.algorithm.test_objective import EXTRA
+from tests.fakes.learners import EXTRA
 from tests.fakes.trajectories import make_group, make_trajectory
 from tests.oracles.enumeration import COMPLETIONS, Process, logprobs_of, table
 from tests.oracles.tabular import TabularLM

@@ -19,11 +19,12 @@ from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.model.policy import Policy
 from align.model.ranks import Ranks
-from tests.align.learner.test_moments import WIDTH
-from tests.align.learner.test_ranks import Arrays, Result, batch_of, shards, step, weights
-from tests.conftest import character_tokenizer, random_qwen3
+from tests.fakes.batches import batch_of
 from tests.fakes.critics import new_critic
+from tests.fakes.models import WIDTH, character_tokenizer, random_qwen3
+from tests.fakes.rank_learners import Arrays, Result, shards, step, weights
 from tests.harness.rank_processes import on_ranks
+from tests.oracles.equality import assert_near
 
 TOLERANCE = 1e-5
 """What the order of float32 sums may change in twenty optimizer steps, relative to the largest entry of a tensor."""
@@ -165,21 +166,14 @@ def several(request: pytest.FixtureRequest, one: Result, folder: Path) -> list[R
     return on_ranks(request.param, all_of, folder)
 
 
-def assert_close(actual: Arrays, expected: Arrays) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        atol = TOLERANCE * np.abs(expected[name]).max()
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=atol, err_msg=name)
-
-
 # --- critic and inner epochs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_several_ranks_log_and_learn_what_one_does(several: list[Result], one: Result, case: str) -> None:
-    assert_close(several[0][case]["weights"], one[case]["weights"])
+    assert_near(several[0][case]["weights"], one[case]["weights"], TOLERANCE)
     for result in several:
-        assert_close(result[case]["critic"], one[case]["critic"])
+        assert_near(result[case]["critic"], one[case]["critic"], TOLERANCE)
         for ours, theirs in zip(result[case]["logged"], one[case]["logged"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
@@ -220,8 +214,8 @@ def test_optimizer_steps_that_are_not_finite_on_one_rank_are_left_out_on_all(
         for before, after in zip(found["before"], found["after"], strict=True):
             same = [np.array_equal(value, after[key]) for key, value in before.items()]
             assert same and all(same) if not taken else not any(same)
-        assert_close(found["after"][1], expected["after"][1])
-    assert_close(several[0][f"skip {name}"]["weights"], expected["weights"])
+        assert_near(found["after"][1], expected["after"][1], TOLERANCE)
+    assert_near(several[0][f"skip {name}"]["weights"], expected["weights"], TOLERANCE)
 
 
 # --- 8-bit moments -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.metrics import reduce
 from align.model.policy import Policy, TokenLogprobs
-from tests.conftest import VOCAB_SIZE, random_qwen3
+from tests.fakes.models import VOCAB_SIZE, random_qwen3
 from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.oracles.tabular import TabularLM
 

@@ -4,115 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from align import metrics
-from align.algorithm.config import AlgorithmConfig
 from align.data.batching import Batch, collate
-from align.learner.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
+from align.learner.learner import NonFiniteUpdates
 from align.learner.optimizer import OptimizerConfig, lr_factor
 from align.model.policy import Policy
-from tests.conftest import VOCAB_SIZE
-from tests.fakes.critics import new_critic
+from tests.fakes.batches import bandit_batch, poisoned, ragged_batch
+from tests.fakes.learners import PolicyFactory, adam_state, bandit, new_learner, reduced, update, weights
 from tests.fakes.trajectories import make_scored, make_trajectory
-from tests.oracles.tabular import TabularLM
-
-Gradients = dict[str, Tensor]
-PolicyFactory = Callable[[], Policy]
-LENGTHS = ((2, 5), (4, 1), (1, 9), (3, 3), (6, 6))
-"""Prompt and completion tokens of the trajectories of `ragged_batch`."""
-
-
-def ragged_batch(seed: int = 0) -> Batch:
-    """Five trajectories in three groups, with one hole in a mask and behavior log-probs of no policy in particular."""
-    generator = torch.Generator().manual_seed(seed)
-    scored = []
-    for number, (prompt, completion) in enumerate(LENGTHS):
-        ids = torch.randint(3, VOCAB_SIZE, (prompt + completion,), generator=generator).tolist()
-        logprobs = (-6 * torch.rand(completion, generator=generator)).tolist()
-        rewards = torch.randn(completion, generator=generator).tolist()
-        scored.append(make_scored([make_trajectory(ids[:prompt], ids[prompt:], logprobs)], [rewards], number))
-    batch = collate(scored)
-    batch.loss_mask[2, 4] = False
-    return dataclasses.replace(batch, group_index=torch.tensor([0, 0, 1, 1, 2]))
-
-
-def new_learner(policy: Policy, max_tokens: int = 10_000, num_steps: int = 10, **settings: Any) -> Learner:
-    """A learner without clipping whose Adam is smooth around 0, so that rounding in a gradient stays rounding."""
-    optimizer = {"lr": 1e-2, "eps": 1.0, "max_grad_norm": math.inf}
-    optimizer |= {k: settings.pop(k) for k in list(settings) if k in OptimizerConfig.model_fields}
-    cfg = {"max_tokens_per_micro_batch": max_tokens}
-    cfg |= {k: settings.pop(k) for k in list(settings) if k in LearnerConfig.model_fields}
-    temperature = settings.pop("temperature", 1.0)
-    of_critic = {"warmup_steps": settings.pop("critic_warmup_steps", 0), "max_tokens": max_tokens}
-    algorithm = AlgorithmConfig(**settings)
-    critic = new_critic(value_clip=algorithm.value_clip, **of_critic) if algorithm.baseline == "critic" else None
-    return Learner(
-        policy, algorithm, OptimizerConfig(**optimizer), LearnerConfig(**cfg), num_steps, temperature, critic
-    )
-
-
-def update(learner: Learner, batch: Batch) -> tuple[Gradients, UpdateStats]:
-    """One update, and the gradient as Adam got it (after clipping)."""
-    gradients: Gradients = {}
-
-    def record(*_: object) -> None:
-        gradients.update({n: p.grad.clone() for n, p in learner.policy.model.named_parameters() if p.grad is not None})
-
-    hook = learner.optimizer.adam.register_step_pre_hook(record)
-    stats = learner.update(batch)
-    hook.remove()
-    return gradients, stats
-
-
-def weights(learner: Learner) -> Gradients:
-    return {name: p.detach().clone() for name, p in learner.policy.model.named_parameters()}
-
-
-def adam_state(learner: Learner) -> dict[str, Tensor]:
-    named = learner.policy.model.named_parameters()
-    return {f"{n}.{k}": v.clone() for n, p in named for k, v in learner.optimizer.adam.state.get(p, {}).items()}
-
-
-def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        assert torch.equal(value, expected[name]), name
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4) -> None:
-    """Equal up to float32 rounding, which is measured against the largest entry of each tensor."""
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        atol = rtol * float(expected[name].abs().max())
-        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol)
-
-
-def reduced(stats: UpdateStats) -> dict[str, float]:
-    """The metrics of an update, less the one that is a time."""
-    values = metrics.reduce(stats.metrics)
-    del values["throughput/trained_tokens_per_s"]
-    return values
-
-
-@pytest.fixture
-def new_policy(policy: Policy) -> PolicyFactory:
-    """Makes equal policies that share nothing."""
-    state = {name: value.clone() for name, value in policy.model.state_dict().items()}
-
-    def new() -> Policy:
-        model = type(policy.model)(policy.model.config).eval()
-        model.load_state_dict(state)
-        return Policy(model, policy.tokenizer)
-
-    return new
-
+from tests.oracles.equality import assert_bitwise, assert_close
 
 # --- knobs for memory change nothing -----------------------------------------------------------------------------
 
@@ -191,14 +96,6 @@ def test_what_stands_outside_the_mask_changes_neither_gradient_nor_metrics(
 
 
 # --- one step ----------------------------------------------------------------------------------------------------
-
-
-def bandit(probabilities: list[float]) -> Policy:
-    return Policy(TabularLM(torch.tensor([probabilities]).log()), tokenizer=None)
-
-
-def bandit_batch(actions: list[int], rewards: list[float], behavior: list[float] | None = None) -> Batch:
-    return collate([make_scored([make_trajectory([0], actions, behavior)], [rewards])])
 
 
 def test_the_first_step_of_adam_goes_uphill_by_the_learning_rate() -> None:
@@ -365,12 +262,6 @@ def test_the_metrics_of_a_bandit_computed_by_hand() -> None:
 
 
 # --- not finite --------------------------------------------------------------------------------------------------
-
-
-def poisoned(batch: Batch, value: float = math.inf) -> Batch:
-    bad = dataclasses.replace(batch, rewards=batch.rewards.clone())
-    bad.rewards[3, 4] = value
-    return bad
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -17,11 +17,9 @@ from align.learner.learner import Learner, LearnerConfig
 from align.learner.moments import Moments, eight_bit_kernels
 from align.learner.optimizer import Optimizer, OptimizerConfig
 from align.model.policy import Policy
-from tests.align.learner.test_learner import ragged_batch
-from tests.conftest import character_tokenizer, random_qwen3
-
-WIDTH = 128
-"""Of the models here: every matrix has rows of 64, 128 or 192 numbers."""
+from tests.fakes.batches import ragged_batch
+from tests.fakes.models import WIDTH, character_tokenizer, random_qwen3
+from tests.oracles.equality import assert_bitwise
 
 
 @pytest.fixture
@@ -53,13 +51,6 @@ def everything(optimizer: Optimizer) -> dict[str, Tensor]:
         for key, value in {"weight": parameter.detach(), **optimizer.adam.state[parameter]}.items():
             found[f"{name} {key}"] = value.clone()
     return found
-
-
-def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        assert value.dtype == expected[name].dtype, name
-        assert torch.equal(value, expected[name]), name
 
 
 def num_bytes(optimizer: Optimizer) -> int:

@@ -19,12 +19,12 @@ from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.model.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
-from tests.align.algorithm.test_objective import group_batch, three_rows
-from tests.align.learner.test_learner import assert_close, new_learner, reduced, update, weights
-from tests.align.learner.test_learner import new_policy as new_policy
-from tests.conftest import VOCAB_SIZE
+from tests.fakes.batches import group_batch, three_rows
+from tests.fakes.learners import new_learner, reduced, update, weights
+from tests.fakes.models import VOCAB_SIZE
 from tests.fakes.trajectories import make_group, make_trajectory
 from tests.oracles import formulas as oracle
+from tests.oracles.equality import assert_close
 from tests.oracles.tabular import TabularLM
 
 P, REF = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])

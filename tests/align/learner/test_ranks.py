@@ -3,83 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
-from align import metrics
-from align.algorithm.config import AlgorithmConfig
-from align.data.batching import Batch, collate, micro_batches
-from align.learner.learner import Learner, LearnerConfig
-from align.learner.optimizer import OptimizerConfig
+from align.data.batching import micro_batches
 from align.model.policy import Policy
-from align.model.ranks import Pass, Ranks, balance, interface_of, whole
-from tests.conftest import VOCAB_SIZE, character_tokenizer, random_qwen3
-from tests.fakes.trajectories import make_scored, make_trajectory
+from align.model.ranks import Pass, Ranks, balance, interface_of
+from tests.fakes.batches import batch_of
+from tests.fakes.rank_learners import (
+    PLAIN,
+    STEPS,
+    Result,
+    adam_state,
+    look,
+    new_learner,
+    shards,
+    step,
+    weights,
+)
 from tests.harness.rank_processes import on_ranks
-
-Arrays = dict[str, np.ndarray]
-Result = dict[str, Any]
-TOLERANCE = 2e-6
-"""What the order of float32 sums may change in five steps, relative to the largest entry of a tensor."""
-STEPS = 5
-
-
-def batch_of(step: int, num_groups: int = 4) -> Batch:
-    """Groups of three ragged trajectories, 3 to 40 tokens; the behavior log-probs are of no policy in particular."""
-    generator = torch.Generator().manual_seed(step)
-    scored = []
-    for number in range(num_groups):
-        trajectories, rewards = [], []
-        for _ in range(3):
-            length = min(int(torch.empty(()).log_normal_(2.3, 0.8, generator=generator)) + 1, 35)
-            ids = torch.randint(3, VOCAB_SIZE, (2 + number + length,), generator=generator).tolist()
-            logprobs = (-4 * torch.rand(length, generator=generator)).tolist()
-            trajectories.append(make_trajectory(ids[:-length], ids[-length:], logprobs, version=step))
-            rewards.append(torch.randn(length, generator=generator).tolist())
-        scored.append(make_scored(trajectories, rewards, number))
-    return collate(scored)
-
-
-def new_learner(ranks: Ranks, tied: bool, policy: Policy | None = None, **settings: Any) -> Learner:
-    """A learner whose passes are small, so that every rank has several and not all have the same number."""
-    policy = policy or Policy(random_qwen3(seed=0, tied=tied), character_tokenizer())
-    policy.shard(ranks)
-    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.01)
-    cfg = LearnerConfig(max_tokens_per_micro_batch=33)
-    return Learner(policy, AlgorithmConfig(**settings), optimizer, cfg, num_steps=10)
-
-
-def weights(learner: Learner) -> Arrays:
-    """The whole policy, by its own publication; empty on all ranks but the first."""
-    return gathered(learner, learner.policy.named_weights)
-
-
-def gathered(learner: Learner, publish: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Arrays:
-    """What the first rank publishes while the others follow."""
-    ranks = learner.policy.ranks
-    if not ranks.first:
-        learner.policy.follow()
-        return {}
-    found = {name: weight.detach().cpu().numpy().copy() for name, weight in publish()}
-    ranks.release()
-    return found
-
-
-def step(learner: Learner, batch: Batch) -> dict[str, float]:
-    """The reduced metrics of one update, less the one that is a time."""
-    values = metrics.reduce(learner.update(batch).metrics)
-    del values["throughput/trained_tokens_per_s"]
-    del values["throughput/padding_fraction"]  # a pass that only keeps step is work for nothing
-    return values
+from tests.oracles.equality import assert_bitwise, assert_near
 
 
 def train(ranks: Ranks, tied: bool, settings: dict[str, Any]) -> Result:
@@ -106,30 +56,6 @@ def skip(ranks: Ranks) -> Result:
         "after": after,
         "logged then": step(learner, batch_of(2)),
     }
-
-
-def shards(learner: Learner) -> Arrays:
-    """What this rank holds of the weights and of Adam's state."""
-    found = {}
-    for name, parameter in learner.policy.model.named_parameters():
-        state = learner.optimizer.adam.state[parameter]
-        for key, value in {"weight": parameter.detach(), **state}.items():
-            local = value.to_local() if isinstance(value, DTensor) else value
-            found[f"{name} {key}"] = local.numpy().copy()
-    return found
-
-
-def adam_state(learner: Learner) -> Arrays:
-    """All of Adam's state."""
-    named = [(name, p) for name, p in learner.policy.model.named_parameters() if p.requires_grad]
-    states = {f"{name} {key}": value for name, p in named for key, value in learner.optimizer.adam.state[p].items()}
-    return {name: whole(value).numpy().copy() for name, value in states.items()}
-
-
-@torch.no_grad()
-def look(learner: Learner) -> None:
-    """A forward pass without a backward, as for the canary and evaluations; it leaves a part of the weights whole."""
-    learner.policy.token_logprobs(torch.tensor([[5, 6, 7]]))
 
 
 def publish(ranks: Ranks) -> Result:
@@ -176,7 +102,6 @@ def listened_on() -> set[str]:
     return {c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
 
-PLAIN = {"aggregation": "sum", "importance": "none", "baseline": "none"}
 WHOLE_BATCH = {"aggregation": "trajectory_mean", "baseline": "batch_mean", "whiten": True, "entropy_coefficient": 0.01}
 
 
@@ -220,19 +145,6 @@ def four(two: list[Result], folder: Path) -> list[Result]:
     return on_ranks(4, on_four, folder)
 
 
-def assert_close(actual: Arrays, expected: Arrays, tolerance: float = TOLERANCE) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        atol = tolerance * np.abs(expected[name]).max()
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=atol, err_msg=name)
-
-
-def assert_bitwise(actual: Arrays, expected: Arrays) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        assert np.array_equal(value, expected[name]), name
-
-
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +157,7 @@ def test_two_and_four_ranks_log_and_learn_what_one_does(
     assert max(logged["optimizer/grad_norm"] for logged in alone["logged"]) > 1, "the limit of the norm cuts some"
     assert min(np.abs(after - before[name]).max() for name, after in alone["weights"].items()) > 3e-3, "all moved"
     for results in (two, four):
-        assert_close(results[0][head]["weights"], alone["weights"])
+        assert_near(results[0][head]["weights"], alone["weights"])
         for result in results:
             for ours, theirs in zip(result[head]["logged"], alone["logged"], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)

@@ -23,22 +23,13 @@ from cluster.actors.learner import LearnerActor
 from cluster.actors.scorer import ScorerActor, ScorerConfig
 from cluster.faults import ConfigError
 from cluster.spec.inputs import load_inputs
-from tests.align.learner.test_learner import (
-    assert_bitwise,
-    assert_close,
-    new_learner,
-    ragged_batch,
-    reduced,
-    update,
-    weights,
-)
-from tests.cluster.spec.test_config import refused
-from tests.cluster.spec.test_config import run_file as run_file
-from tests.cluster.spec.test_inputs import write_prompts
-from tests.conftest import random_qwen3
+from tests.fakes.batches import ragged_batch
 from tests.fakes.families import random_model, write
-from tests.fakes.run_files import config
+from tests.fakes.learners import new_learner, reduced, update, weights
+from tests.fakes.models import random_qwen3
+from tests.fakes.run_files import config, refused, write_prompts
 from tests.fakes.trajectories import make_scored, make_trajectory
+from tests.oracles.equality import assert_bitwise, assert_close
 
 IDS = torch.tensor([[5, 9, 30, 31, 32, 7], [8, 8, 40, 3, 11, 60]])
 KINDS = [

@@ -22,7 +22,7 @@ from transformers import (
 
 from align.model.folder import checked_model_directory
 from align.model.policy import Policy
-from tests.conftest import VOCAB_SIZE, random_qwen3
+from tests.fakes.models import VOCAB_SIZE, random_qwen3
 from tests.oracles import formulas as oracle
 from tests.oracles.tabular import TabularLM
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from align.model.policy import Policy
-from tests.conftest import VOCAB_SIZE, random_qwen3
+from tests.fakes.models import VOCAB_SIZE, random_qwen3
 
 ROWS, LENGTH = 96, 40
 LENGTHS = torch.randint(LENGTH // 2, LENGTH + 1, (ROWS,), generator=torch.Generator().manual_seed(8))

@@ -13,7 +13,7 @@ from align.data.batching import micro_batches
 from align.data.types import Group, TokenRewards
 from align.model.policy import Policy
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig, token_reward
-from tests.conftest import random_qwen3
+from tests.fakes.models import random_qwen3
 from tests.fakes.trajectories import make_group, make_trajectory
 from tests.oracles import formulas as oracle
 from tests.oracles.tabular import TabularLM

@@ -18,7 +18,7 @@ from align.rewards.kinds import CompositeReward
 from align.rewards.overlong import OverlongConfig, OverlongReward
 from align.rewards.reference import ReferenceReward, ReferenceRewardConfig
 from align.rewards.steps import paid_by_step, step_ends
-from tests.conftest import random_qwen3
+from tests.fakes.models import random_qwen3
 from tests.fakes.trajectories import make_group, make_trajectory
 
 BY_STEP = ReferenceRewardConfig(alpha=0.5, clip=3.0, step_separator=".")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 from align.model.adapters import AdapterConfig
 from cluster.capacity.bill import Rates
@@ -15,20 +14,14 @@ from cluster.capacity.fit import Node
 from cluster.capacity.plan import plan
 from cluster.faults import ConfigError
 from cluster.spec.shape import model_shape
+from tests.fakes.models import config_folder
 from tests.fakes.run_files import config
-
-
-def folder(path: Path, **sizes: Any) -> Path:
-    """A model folder with a config alone."""
-    small = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    LlamaConfig(**small | {"num_attention_heads": 4, "num_key_value_heads": 2} | sizes).save_pretrained(path)
-    return path
 
 
 def test_the_shape_of_a_model_is_that_of_the_model_itself(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    shape = model_shape(folder(tmp_path))
+    shape = model_shape(config_folder(tmp_path))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     assert (shape.num_layers, shape.hidden_size, shape.vocab_size) == (3, 32, 96)
@@ -37,7 +30,7 @@ def test_the_shape_of_a_model_is_that_of_the_model_itself(tmp_path: Path) -> Non
 
 def test_a_model_of_seventy_billion_parameters_is_counted_without_memory(tmp_path: Path) -> None:
     sizes = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
-    shape = model_shape(folder(tmp_path, **sizes, num_attention_heads=64, num_key_value_heads=8))
+    shape = model_shape(config_folder(tmp_path, **sizes, num_attention_heads=64, num_key_value_heads=8))
     assert shape.num_parameters == 70_553_706_496  # as published for this architecture
     assert shape.kv_bytes_per_token(2) == 327_680
 
@@ -47,7 +40,7 @@ def test_an_adapter_has_its_rank_times_the_sides_of_every_matrix_and_with_dora_a
 ) -> None:
     """Four attention matrices with keys and values half as wide, three of the feed-forward layer, in three layers."""
     sides = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
-    lora, dora = (model_shape(folder(tmp_path), AdapterConfig(rank=5, kind=kind)) for kind in ("lora", "dora"))
+    lora, dora = (model_shape(config_folder(tmp_path), AdapterConfig(rank=5, kind=kind)) for kind in ("lora", "dora"))
     assert lora.num_adapter_parameters == lora.num_trained == 3 * sum(5 * (i + o) for i, o in sides)
     assert dora.num_adapter_parameters - lora.num_adapter_parameters == 3 * sum(o for _, o in sides)
     plain = model_shape(tmp_path)
@@ -63,7 +56,7 @@ def test_a_folder_without_a_causal_model_is_named(tmp_path: Path) -> None:
 
 
 def test_a_plan_says_what_a_person_asks_of_it(tmp_path: Path) -> None:
-    model = folder(tmp_path / "model")
+    model = config_folder(tmp_path / "model")
     cfg = config(policy={"model": model}, reference={"model": model}, run={"group_size": 4, "max_staleness": 1})
     rates = Rates(generate=100, train=400, completion=50)
     text = plan(cfg, [Node(cpus=2, memory_gib=16)], rates)

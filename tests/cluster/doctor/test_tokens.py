@@ -14,7 +14,7 @@ from cluster.doctor.answers import answers, reference_answer
 from cluster.doctor.tokens import end_token_ids, tokens
 from cluster.doctor.verdict import Verdict
 from cluster.spec.config import RunConfig
-from tests.conftest import character_tokenizer, random_qwen3
+from tests.fakes.models import character_tokenizer, random_qwen3
 from tests.fakes.run_files import config
 
 TEMPLATE = (

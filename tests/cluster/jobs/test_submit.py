@@ -18,7 +18,7 @@ from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
 from cluster.jobs import submit
 from cluster.jobs.follow import advice, follow
 from cluster.jobs.submit import Jobs, read_resources, within
-from tests.cluster.capacity.test_plan import folder
+from tests.fakes.models import config_folder
 from tests.fakes.run_files import config
 
 GONE = RuntimeError("Request failed with status code 404: Job demo does not exist.")
@@ -373,7 +373,7 @@ def test_a_cluster_that_may_grow_is_not_refused_but_told_of(status: Any) -> None
 
 def test_memory_that_is_short_by_the_bill_is_told_and_nothing_is_refused(tmp_path: Path) -> None:
     """Three layers of a small model take hundreds of MiB with their processes; the machine has one."""
-    model = folder(tmp_path)
+    model = config_folder(tmp_path)
     cfg = config(policy={"model": model}, reference={"model": model})
     found = pages(FIXED, {"CPU": 2.0})
     seen = {"raylet": {"nodeId": NODE}, "mem": [2**20, 0, 0, 0], "gpus": []}

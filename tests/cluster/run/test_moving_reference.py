@@ -27,7 +27,7 @@ from cluster.run.moving_reference import MovingReference, SavedReference
 from tests.cluster.fleet.test_handles import DEAD, ROLLOUT, FakeActor, Scorers, failed_task, fails, gives, pool
 from tests.cluster.fleet.test_handles import complete as complete_handles
 from tests.cluster.loop.test_loop import World, complete, make_run, trained
-from tests.conftest import random_qwen3
+from tests.fakes.models import random_qwen3
 
 
 @pytest.fixture(autouse=True)

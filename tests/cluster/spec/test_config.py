@@ -15,26 +15,12 @@ from pydantic import BaseModel, ValidationError
 from align.algorithm.bundles import BUNDLES
 from align.algorithm.config import AlgorithmConfig
 from cluster.actors.rollout import engine_settings
-from cluster.faults import ConfigError
 from cluster.record.folder import resolved
 from cluster.spec.config import RunConfig, load_config
-from tests.fakes.run_files import config, write
+from tests.fakes.run_files import config, refused, write
 from tests.places import RUNS
 
 RUN_FILES = sorted(RUNS.rglob("*.toml"))
-
-
-def refused(path: Path, *overrides: str) -> str:
-    """The message of the ConfigError that a run file gives."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    assert caught.value.advice
-    return caught.value.message
-
-
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    return write(tmp_path / "run.toml")
 
 
 # --- good ones ---------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 from cluster.faults import ConfigError
 from cluster.spec.config import RunConfig
 from cluster.spec.inputs import check_vocabularies, load_inputs
-from tests.conftest import VOCAB_SIZE
-from tests.fakes.run_files import config
+from tests.fakes.models import VOCAB_SIZE
+from tests.fakes.run_files import config, write_prompts
 
 
 class FakeTokenizer:
@@ -23,11 +23,6 @@ class FakeTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         return self.vocab
-
-
-def write_prompts(path: Path, *prompts: str) -> Path:
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from align.data.types import ScoredGroup, TokenRewards
 from align.learner.learner import UpdateStats
 from cluster.record import transcripts
 from cluster.views.credit import Credit, CreditUnknown, credits
-from tests.conftest import character_tokenizer
+from tests.fakes.models import character_tokenizer
 from tests.fakes.trajectories import make_group, make_trajectory
 
 LENGTHS = ((1, 4, 2), (3, 3, 5))

@@ -17,7 +17,7 @@ from cluster.record.transcripts import Trajectories
 from cluster.views.inspect import view
 from cluster.views.selection import Selection, ends
 from cluster.views.status import status
-from tests.conftest import character_tokenizer
+from tests.fakes.models import character_tokenizer
 from tests.fakes.run_files import config
 from tests.fakes.trajectories import make_scored, make_trajectory
 
