@@ -10,7 +10,8 @@ import pytest
 
 from align.metrics import Metric, reduce
 from cluster.loop.loop import run_loop
-from cluster.record.trace import Span, Trace
+from cluster.loop.span import Span
+from cluster.record.trace import Trace
 from tests.cluster.loop.test_loop import FakeObserver, World, complete, make_run
 from tests.harness.trace_events import assert_phases_tile_the_steps, read_events, tracks
 
