@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from align.data.prompts import PromptStream, derive_seed
 from align.data.types import Prompt, Ticket
 from align.metrics import Metric
-from cluster.actors.learner import Answer
 from cluster.faults import ActorLost
 from cluster.fleet.placement import Workers
 from cluster.fleet.publication import FleetHandle
+from cluster.loop.answer import Answer
 from cluster.loop.loop import Rollout
 from cluster.record.figures import Samples
 from cluster.spec.config import RunConfig
