@@ -15,8 +15,8 @@ from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, WrongWeights, reason
 from cluster.fleet.handles import Handle, spend
 from cluster.loop.loop import Rollout
-from cluster.record.trace import Span
-from cluster.run.moving_reference import SavedReference
+from cluster.loop.saved_reference import SavedReference
+from cluster.loop.span import Span
 
 Result = TypeVar("Result")
 

@@ -20,7 +20,7 @@ from cluster.loop.buffer import Buffer
 from cluster.loop.filtering import Filter
 from cluster.loop.ledger import Ledger
 from cluster.loop.quarantine import Failure, Quarantine
-from cluster.record.trace import Span
+from cluster.loop.span import Span
 
 
 @dataclass(frozen=True, slots=True)

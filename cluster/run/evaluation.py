@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from align.data.prompts import PromptStream
+from align.data.prompts import PromptStream, derive_seed
 from align.data.types import Prompt, Ticket
 from align.metrics import Metric
-from cluster.actors.learner import Answer
 from cluster.faults import ActorLost
 from cluster.fleet.placement import Workers
 from cluster.fleet.publication import FleetHandle
+from cluster.loop.answer import Answer
 from cluster.loop.loop import Rollout
+from cluster.record.figures import Samples
+from cluster.spec.config import RunConfig
+from cluster.spec.inputs import Inputs
 
 _DISTRIBUTION_BYTES = 128 << 20  # whole-vocabulary distributions that travel at once
 _NUM_JUDGED = 16  # groups in one call of the learner, which has a deadline
@@ -39,9 +42,31 @@ class Evaluator:
         self._workers = workers
         self._bytes_per_group = bytes_per_group
 
+    @classmethod
+    def of_run(cls, cfg: RunConfig, inputs: Inputs, prompts: PromptStream, workers: Workers) -> Evaluator:
+        """The evaluations that a run asks for: of held-out prompts, and of the first ones that it trains on."""
+        num = cfg.evaluation.max_prompts
+        first = [prompts.ticket(number).prompt for number in range(min(num, len(inputs.train)))]
+        sets = {"heldout": inputs.heldout[:num], "train": first}
+        seed = derive_seed(cfg.run.seed, "evaluation")
+        tickets = {name: fixed_tickets(asked, cfg.evaluation.group_size, seed) for name, asked in sets.items() if asked}
+        bytes_per_group = 4 * inputs.vocab_size * cfg.sampling.max_tokens * cfg.evaluation.group_size
+        return cls(tickets, workers, bytes_per_group if cfg.reference else None)
+
     async def evaluate(self) -> dict[str, list[Answer]]:
         """Answers of every set at the version that the actors serve."""
         return {name: await self._answers(tickets) for name, tickets in self.sets.items()}
+
+    async def sample_reference(self, cfg: RunConfig, samples: Samples) -> None:
+        """Answers of the reference: to all prompts where a judge counts them, else to those that are shown."""
+        asks, seed = cfg.evaluation, derive_seed(cfg.run.seed, "reference")
+        for name, tickets in self.sets.items():
+            asked = tickets if asks.judge else tickets[: asks.num_samples]
+            if not asked:
+                continue
+            prompts = [ticket.prompt for _ in range(asks.group_size) for ticket in asked]
+            texts = await self._workers.scorers.sample(prompts, cfg.sampling.max_tokens, seed)
+            samples.add_reference(name, [prompt.text for prompt in prompts], texts, asks.judge)
 
     async def _answers(self, tickets: Sequence[Ticket]) -> list[Answer]:
         fleet = self._workers.fleet

@@ -17,7 +17,7 @@ from align.metrics import Metric, reduce
 from cluster.faults import ActorLost, NoSignal
 from cluster.loop.filtering import Filter, FilterConfig, has_signal
 from cluster.loop.loop import Run, run_loop
-from tests.cluster.loop.test_loop import (
+from tests.fakes.loop import (
     FakeActor,
     World,
     complete,

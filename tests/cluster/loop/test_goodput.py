@@ -19,7 +19,7 @@ from cluster.loop.filtering import FilterConfig
 from cluster.loop.goodput import FATES, Goodput, shares
 from cluster.loop.loop import Run, run_loop
 from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.cluster.loop.test_loop import FakeActor, World, complete, make_run, run_and_act, trained
+from tests.fakes.loop import FakeActor, World, complete, make_run, run_and_act, trained
 
 STEPS, GROUPS = 5, 2
 

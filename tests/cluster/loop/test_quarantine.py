@@ -23,7 +23,7 @@ from cluster.actors.learner import LearnerActor
 from cluster.faults import ActorLost, RewardError
 from cluster.loop.loop import run_loop
 from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.cluster.loop.test_loop import FakeActor, World, complete, flat, make_run, run_and_act, trained
+from tests.fakes.loop import FakeActor, World, complete, flat, make_run, run_and_act, trained
 from tests.fakes.trajectories import make_scored, make_trajectory
 
 

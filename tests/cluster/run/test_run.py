@@ -25,10 +25,10 @@ from cluster.run.run import Training
 
 class Failing(Training):
     async def _train(self):
-        self.alerts.begin()
+        self.recording.alerts.begin()
         for step in (1, 2):
             values = {"time/step_s": 1.0, "policy/entropy": 2.0 / step**8, "tokens/trained": 5.0}
-            self.sinks.log(step, values)
+            self.recording.log(step, [Metric(name, value) for name, value in values.items()])
         raise ActorLost("learner", 0, "update", "refused " + os.environ["HF_TOKEN"])
 
 cfg = load_config(Path("run.toml"), ["alerts.window=1", "wandb.mode=offline"])
