@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.metrics import Metric
-from cluster.record.folder import remove_tree
+from cluster.record.files import remove_tree
 
 
 @dataclass(frozen=True, slots=True)

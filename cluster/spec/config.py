@@ -360,3 +360,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section", "check the key")
     tree[last] = value
+
+
+def resolved(cfg: RunConfig) -> dict[str, Any]:
+    """The whole config tree, ready for TOML: paths as text, unset values left out."""
+    tree: dict[str, Any] = _without_none(cfg.model_dump(mode="json"))
+    return tree
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return [_without_none(item) for item in tree] if isinstance(tree, list) else tree

@@ -16,8 +16,7 @@ from align.algorithm.bundles import BUNDLES
 from align.algorithm.config import AlgorithmConfig
 from cluster.actors.rollout import engine_settings
 from cluster.faults import ConfigError
-from cluster.record.folder import resolved
-from cluster.spec.config import RunConfig, load_config
+from cluster.spec.config import RunConfig, load_config, resolved
 from tests.fakes.run_files import config, write
 from tests.places import RUNS
 
