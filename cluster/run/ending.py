@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.record.figures import read_rows, summarize_run
-from cluster.record.folder import write_atomically
+from cluster.record.files import write_atomically
 from cluster.record.sinks.console import Console
 from cluster.redaction import redact
 from cluster.run.recording import Recording

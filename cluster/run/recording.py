@@ -10,7 +10,6 @@ from align.metrics import Metric, reduce
 from cluster.fleet.placement import cluster_address
 from cluster.record.alerts import Alerts
 from cluster.record.figures import Samples, read_rows, seconds_so_far
-from cluster.record.folder import resolved
 from cluster.record.sinks.console import Console
 from cluster.record.sinks.jsonl import JsonLines
 from cluster.record.sinks.prometheus import PrometheusSink
@@ -21,7 +20,7 @@ from cluster.record.sinks.wandb.identity import whereabouts
 from cluster.record.sinks.wandb.sink import WandbSink
 from cluster.record.sinks.wandb.tables import TrajectoryTables
 from cluster.run.timeline import Timeline
-from cluster.spec.config import RunConfig
+from cluster.spec.config import RunConfig, resolved
 
 
 class _Wandb(NamedTuple):

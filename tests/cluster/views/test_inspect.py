@@ -14,6 +14,7 @@ from cluster.faults import ConfigError
 from cluster.record import transcripts
 from cluster.record.folder import RunFolder
 from cluster.record.transcripts import Trajectories
+from cluster.spec.config import resolved
 from cluster.views.inspect import view
 from cluster.views.selection import Selection, ends
 from cluster.views.status import status
@@ -41,7 +42,7 @@ def run(tmp_path: Path, model_folder: Path) -> Path:
     """A run of two steps: tickets 0 and 1, then 2 and 3; the second step learned from the version before last."""
     folder = tmp_path / "run"
     cfg = config(policy={"model": str(model_folder)}, run={"steps": 3})
-    RunFolder(folder, cfg)
+    RunFolder(folder, resolved(cfg))
     tokenizer = character_tokenizer()
     first = [scored(0, [[1.0, 2.0], [-4.0]], version=0), scored(1, [[0.5], [0.25, 0.25]], version=0)]
     second = [scored(2, [[1.0], [3.0]], version=0), scored(3, [[-1.0], [7.0]], version=1)]
@@ -156,7 +157,7 @@ def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ende
     rows[1]["idle/learner_fraction"] = 0.5
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "ended without a word" in shown(status(run))
-    with RunFolder(run, config_of(run)).lock():
+    with RunFolder(run, resolved(config_of(run))).lock():
         text = shown(status(run))
     assert ": running" in text
     assert "2 of 3; 2.0 s each, 2 s left" in text
