@@ -8,6 +8,16 @@ from __future__ import annotations
 import re
 
 INTERRUPTED = 130  # exit code of a run that was stopped by Ctrl-C
+EXIT_CODES = {
+    0: "finished",
+    1: "an unexpected error",
+    2: "the run file, its inputs or what W&B is given cannot be used",
+    3: "resources are missing",
+    4: "actors were lost beyond the restart budget",
+    5: "wrong weights or a broken bound",
+    6: "the training diverged, or no prompt has signal",
+    INTERRUPTED: "interrupted",
+}
 
 
 class RunError(RuntimeError):
