@@ -16,7 +16,8 @@ from typing import Any
 from align.data.prompts import PromptStream, derive_seed
 from align.metrics import Metric, reduce
 from cluster.faults import INTERRUPTED
-from cluster.fleet.placement import cluster_address, start_workers
+from cluster.fleet.address import cluster_address
+from cluster.fleet.placement import start_workers
 from cluster.loop.buffer import Buffer
 from cluster.loop.filtering import Filter
 from cluster.loop.goodput import Goodput
