@@ -12,10 +12,9 @@ from cluster.doctor.storage import disk, shared
 from cluster.doctor.tokens import tokens
 from cluster.doctor.verdict import Verdict, checked
 from cluster.faults import ResourceError
+from cluster.fleet.address import closed_ray, cluster_address
 from cluster.spec.config import RunConfig
 from cluster.spec.inputs import Inputs, load_inputs
-
-_OWN = ("", "local")  # values of RAY_ADDRESS that name no cluster
 
 
 def examine(cfg: RunConfig | None, *, quick: bool, say: Callable[[str], None]) -> Iterator[Verdict]:
@@ -26,7 +25,7 @@ def examine(cfg: RunConfig | None, *, quick: bool, say: Callable[[str], None]) -
         quick: Leave out what starts an engine.
         say: Told of what takes long.
     """
-    on_cluster = os.environ.get("RAY_ADDRESS", "") not in _OWN
+    on_cluster = cluster_address() is not None
     if not on_cluster:
         yield from checked("machine", machine)
     yield from checked("Ray's token", token)
@@ -53,9 +52,7 @@ def _with_ray(
     cfg: RunConfig | None, inputs: Inputs | None, quick: bool, say: Callable[[str], None]
 ) -> Iterator[Verdict]:
     """What takes a Ray: the nodes of a cluster, and the processes of a run."""
-    from cluster.run.entry import closed_ray
-
-    if (address := os.environ.get("RAY_ADDRESS", "")) in _OWN:
+    if (address := cluster_address()) is None:
         os.environ.update(closed_ray())
     elif address.startswith("http"):
         advice = (
@@ -79,7 +76,7 @@ def _with_ray(
 
 def before_a_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
     """The short examination: this machine, unless a cluster takes the run, and what the run file names. Under a second."""
-    if os.environ.get("RAY_ADDRESS", "") in _OWN:
+    if cluster_address() is None:
         yield from checked("machine", machine)
     yield from checked("Ray's token", token)
     yield from of_the_run(cfg, inputs)
@@ -88,7 +85,6 @@ def before_a_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
 def on_the_nodes(cfg: RunConfig | None) -> Iterator[Verdict]:
     """Every node of the cluster that was joined; nothing for a Ray of the run's own, which is this machine alone."""
     from cluster.doctor.nodes import nodes
-    from cluster.fleet.placement import cluster_address
 
     if cluster_address() is None:
         return
@@ -101,8 +97,8 @@ def on_the_nodes(cfg: RunConfig | None) -> Iterator[Verdict]:
 
 def token() -> Iterator[Verdict]:
     """Whether strangers are kept out of the cluster, and the token to oneself."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in _OWN:
+    address = cluster_address()
+    if address is None:
         yield Verdict("Ray's token", "ok", "no cluster named; a local Ray gets a token of its own")
         return
     if os.environ.get("RAY_AUTH_MODE") != "token":
@@ -138,7 +134,7 @@ def _wandb(cfg: RunConfig) -> Iterator[Verdict]:
 
 def _room(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
     """Whether the run ever fits; `align plan` says more."""
-    from cluster.fleet.placement import Demand, check_cluster, check_machine, cluster_address
+    from cluster.fleet.placement import Demand, check_cluster, check_machine
 
     if address := cluster_address():
         check_cluster(cfg, address)

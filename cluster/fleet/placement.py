@@ -28,6 +28,7 @@ from cluster.capacity.fit import Node
 from cluster.capacity.machines import nodes
 from cluster.capacity.remedies import check_fit, settings_that_fit
 from cluster.faults import ResourceError
+from cluster.fleet.address import cluster_address
 from cluster.fleet.handles import Deadlines, LearnerHandle, RolloutHandle
 from cluster.fleet.publication import FleetHandle
 from cluster.fleet.reservation import Reservation, grows_to, reserve
@@ -104,7 +105,7 @@ def _gpus(cfg: RunConfig, num_gpus: int) -> float:
 def ray_session(cfg: RunConfig | None, weights_bytes: int) -> Iterator[str]:
     """Join the cluster that RAY_ADDRESS names (as in a Ray job), else start Ray on this machine alone.
 
-    A local Ray listens on 127.0.0.1 only and has no dashboard; its environment was set by `cluster.run.entry.closed_ray`.
+    A local Ray listens on 127.0.0.1 only and has no dashboard; its environment was set by `address.closed_ray`.
 
     Args:
         cfg: The run, or None to look at the cluster whatever it has.
@@ -191,12 +192,6 @@ def check_machine(cfg: RunConfig, weights_bytes: int) -> None:
 def num_local_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def cluster_address() -> str | None:
-    """The cluster that RAY_ADDRESS names, or None for a Ray of the run's own."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    return None if address in ("", "local") else address
 
 
 def _local_gpus() -> int:

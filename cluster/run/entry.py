@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import time
 import traceback
 
 from align.rewards.kinds import reads_reference
 from cluster.doctor.verdict import require
 from cluster.faults import INTERRUPTED, RunError
+from cluster.fleet.address import closed_ray, cluster_address
 from cluster.record.folder import RunFolder
 from cluster.record.sinks.console import Console
 from cluster.record.sinks.wandb.access import check_online
@@ -28,10 +28,10 @@ def train(cfg: RunConfig) -> int:
     try:
         inputs = load_inputs(cfg)
         online = check_online(cfg.wandb, console.warn)
-        if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+        if cluster_address() is None:
             os.environ.update(closed_ray())
         from cluster.doctor.examination import before_a_run, on_the_nodes
-        from cluster.fleet.placement import check_machine, cluster_address, ray_session
+        from cluster.fleet.placement import check_machine, ray_session
         from cluster.run.run import Training
 
         if cluster_address() is None:
@@ -77,17 +77,3 @@ def _announce(cfg: RunConfig, inputs: Inputs, folder: RunFolder, console: Consol
     )
     console.say(f"computes in  {cfg.engine_dtype}: {reason}")
     console.say("starting     Ray, engine, reference and learner …")
-
-
-def closed_ray() -> dict[str, str]:
-    """Environment of a local Ray: loopback only, and a token that lives as long as the run.
-
-    Ray reads it when it is imported, so it has to be set before.
-    """
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray replaces 127.0.0.1 by the machine's address
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # else every actor yields to whatever else the machine does
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }

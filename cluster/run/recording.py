@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.metrics import Metric, reduce
-from cluster.fleet.placement import cluster_address
+from cluster.fleet.address import cluster_address
 from cluster.record.alerts import Alerts
 from cluster.record.figures import Samples, read_rows, seconds_so_far
 from cluster.record.sinks.console import Console

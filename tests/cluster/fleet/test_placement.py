@@ -18,7 +18,6 @@ from cluster.fleet import placement, reservation
 from cluster.fleet.placement import (
     Demand,
     check_memory,
-    cluster_address,
     max_groups_per_actor,
     num_local_cpus,
     ray_session,
@@ -123,20 +122,6 @@ def test_where_memory_is_short_a_setting_is_named_that_fits() -> None:
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(None, None), ("", None), ("local", None), ("auto", "auto"), ("10.0.0.7:6379", "10.0.0.7:6379")],
-)
-def test_a_cluster_is_joined_only_where_ray_address_names_one(
-    value: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if value is None:
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    else:
-        monkeypatch.setenv("RAY_ADDRESS", value)
-    assert cluster_address() == expected
 
 
 @pytest.fixture
