@@ -12,7 +12,7 @@ from cluster.faults import ActorLost
 from cluster.fleet.placement import Workers
 from cluster.fleet.publication import FleetHandle
 from cluster.loop.answer import Answer
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 
 _DISTRIBUTION_BYTES = 128 << 20  # whole-vocabulary distributions that travel at once
 _NUM_JUDGED = 16  # groups in one call of the learner, which has a deadline

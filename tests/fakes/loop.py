@@ -20,8 +20,9 @@ from cluster.loop.buffer import Buffer
 from cluster.loop.filtering import Filter, FilterConfig
 from cluster.loop.goodput import Goodput
 from cluster.loop.ledger import Ledger
-from cluster.loop.loop import Rollout, Run, run_loop
+from cluster.loop.loop import Run, run_loop
 from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
+from cluster.loop.rollout import Rollout
 
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1, 2)) for number in range(5)]
 GROUP_SIZE = 2
