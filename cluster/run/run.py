@@ -21,8 +21,9 @@ from cluster.loop.buffer import Buffer
 from cluster.loop.filtering import Filter
 from cluster.loop.goodput import Goodput
 from cluster.loop.ledger import Ledger
-from cluster.loop.loop import Rollout, Run, run_loop
+from cluster.loop.loop import Run, run_loop
 from cluster.loop.quarantine import Quarantine
+from cluster.loop.rollout import Rollout
 from cluster.record import checkpoint
 from cluster.record.alerts import Alerts
 from cluster.record.figures import Samples, read_lines, read_rows, seconds_so_far, summarize_run
