@@ -73,8 +73,7 @@ def config(
     """Print the resolved run file with every default, as TOML; or the JSON schema."""
     import tomli_w
 
-    from cluster.record.folder import resolved
-    from cluster.spec.config import RunConfig, load_config
+    from cluster.spec.config import RunConfig, load_config, resolved
 
     if schema:
         typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))

@@ -11,8 +11,7 @@ import tomli_w
 import align
 import cluster
 from cluster.faults import ConfigError
-from cluster.record.folder import resolved
-from cluster.spec.config import RunConfig
+from cluster.spec.config import RunConfig, resolved
 
 RUN_FILE = "run.toml"
 MAX_BYTES = 256 << 20

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.faults import CheckpointError
-from cluster.record.folder import hash_tree, remove_tree, write_atomically
+from cluster.record.files import hash_tree, remove_tree, write_atomically
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 from align.demo.judges import JUDGES
 from cluster.loop.answer import Answer
 from cluster.loop.goodput import shares
-from cluster.record.folder import write_atomically
+from cluster.record.files import write_atomically
 
 Row = Mapping[str, Any]
 PHASES = ("rollout_wait", "update", "publish", "other")  # of a step, which they add up to

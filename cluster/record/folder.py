@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +15,8 @@ from typing import Any
 
 import tomli_w
 
-from align.model.sources import file_sha256
 from cluster.faults import RunFolderError
-from cluster.spec.config import RunConfig
+from cluster.record.files import write_atomically
 
 _PACKAGES = (
     "align",
@@ -43,23 +41,23 @@ class RunFolder:
 
     Args:
         path: The folder.
-        cfg: The run.
+        config: The run's resolved config.
 
     Raises:
         RunFolderError: If it holds another run, a finished one, or something else.
     """
 
-    def __init__(self, path: Path, cfg: RunConfig) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path, self._seed, self._record = path, config["run"]["seed"], _record(config)
         if path.is_file():
             raise RunFolderError(f"run folder {path} is a file", _ADVICE)
         try:
             self.resumed = path.exists() and any(p.name not in _BEFORE_A_RUN for p in path.iterdir())
             if self.resumed:
-                self._check_same(cfg)
+                self._check_same()
             path.mkdir(parents=True, exist_ok=True)
             with self.lock():  # a run that is starting up here has nothing but a config yet, which stays its own
-                write_atomically(path / "config.toml", _record(cfg))
+                write_atomically(path / "config.toml", self._record)
         except OSError as error:
             raise RunFolderError(f"run folder {path} cannot be used: {error}", _ADVICE) from None
 
@@ -78,25 +76,26 @@ class RunFolder:
             yield
 
     @staticmethod
-    def default_path(cfg: RunConfig) -> Path:
+    def default_path(config: Mapping[str, Any]) -> Path:
         """The configured folder, or a new one under runs/."""
-        return cfg.run.dir or Path("runs") / f"{cfg.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = config["run"]
+        return Path(run.get("dir") or f"runs/{run['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
 
-    def _check_same(self, cfg: RunConfig) -> None:
+    def _check_same(self) -> None:
         existing = self.path / "config.toml"
         if not existing.is_file():
             raise RunFolderError(f"run folder {self.path} is not empty and holds no run", _ADVICE)
-        if existing.read_text(encoding="utf-8") != _record(cfg):
+        if existing.read_text(encoding="utf-8") != self._record:
             raise RunFolderError(f"run folder {self.path} already holds another run (its config.toml differs)", _ADVICE)
         summary = self.path / "summary.json"
         if summary.is_file() and json.loads(summary.read_text())["status"] == "finished":
             raise RunFolderError(f"run folder {self.path} already holds this run, finished", _ADVICE)
 
-    def write_environment(self, cfg: RunConfig, more: Mapping[str, Any]) -> None:
+    def write_environment(self, more: Mapping[str, Any]) -> None:
         """Package versions, seed and machine."""
         packages = {name: found for name in _PACKAGES if (found := _version(name))}
         machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
-        content = {"seed": cfg.run.seed, "packages": packages, "machine": machine, **more}
+        content = {"seed": self._seed, "packages": packages, "machine": machine, **more}
         write_atomically(self.path / "environment.json", json.dumps(content, indent=2))
 
 
@@ -107,42 +106,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _record(cfg: RunConfig) -> str:
-    """The resolved config as TOML, without the folder that holds it and the time to wait for room: both may change."""
-    tree = resolved(cfg)
-    tree["run"].pop("dir", None)
-    tree["deadlines"].pop("room_s")
-    return tomli_w.dumps(tree)
-
-
-def resolved(cfg: RunConfig) -> dict[str, Any]:
-    """The whole config tree, ready for TOML: paths as text, unset values left out."""
-    tree: dict[str, Any] = _without_none(cfg.model_dump(mode="json"))
-    return tree
-
-
-def _without_none(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _without_none(value) for key, value in tree.items() if value is not None}
-    return [_without_none(item) for item in tree] if isinstance(tree, list) else tree
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there complete or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def hash_tree(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by relative path."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): file_sha256(path) for path in files}
-
-
-def remove_tree(directory: Path) -> None:
-    """Remove a folder if it is there."""
-    shutil.rmtree(directory, ignore_errors=True)
+def _record(config: Mapping[str, Any]) -> str:
+    """The config as TOML, without the folder that holds it and the time to wait for room: both may change."""
+    may_change = {"run": "dir", "deadlines": "room_s"}
+    kept = {
+        section: {key: value for key, value in config[section].items() if key != left_out}
+        for section, left_out in may_change.items()
+    }
+    return tomli_w.dumps({**config, **kept})

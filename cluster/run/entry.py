@@ -16,7 +16,7 @@ from cluster.record.sinks.console import Console
 from cluster.record.sinks.wandb.access import check_online
 from cluster.redaction import redact
 from cluster.run.memory import MemoryMeter
-from cluster.spec.config import RunConfig
+from cluster.spec.config import RunConfig, resolved
 from cluster.spec.inputs import Inputs, load_inputs
 from cluster.spec.processor import native_dtype
 
@@ -37,11 +37,12 @@ def train(cfg: RunConfig) -> int:
         if cluster_address() is None:
             check_machine(cfg, inputs.weights_bytes)
         require(before_a_run(cfg, inputs), console.warn)
-        folder = RunFolder(RunFolder.default_path(cfg), cfg)
+        config = resolved(cfg)
+        folder = RunFolder(RunFolder.default_path(config), config)
         _announce(cfg, inputs, folder, console)
         with folder.lock(), MemoryMeter() as memory, ray_session(cfg, inputs.weights_bytes) as session:
             require(on_the_nodes(cfg), console.warn)
-            folder.write_environment(cfg, {"ray_session": session, "dtype": cfg.engine_dtype})
+            folder.write_environment({"ray_session": session, "dtype": cfg.engine_dtype})
             return asyncio.run(Training(cfg, inputs, folder, console, memory, started, online).run())
     except RunError as error:
         console.close()

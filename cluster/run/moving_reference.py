@@ -9,7 +9,7 @@ from pathlib import Path
 
 from align.metrics import Metric
 from cluster.loop.saved_reference import SavedReference
-from cluster.record.folder import remove_tree
+from cluster.record.files import remove_tree
 
 
 class MovingReference:

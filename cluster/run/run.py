@@ -27,7 +27,8 @@ from cluster.loop.rollout import Rollout
 from cluster.record import checkpoint
 from cluster.record.alerts import Alerts
 from cluster.record.figures import Samples, read_lines, read_rows, seconds_so_far, summarize_run
-from cluster.record.folder import RunFolder, resolved, write_atomically
+from cluster.record.files import write_atomically
+from cluster.record.folder import RunFolder
 from cluster.record.sinks.console import Console
 from cluster.record.sinks.jsonl import JsonLines
 from cluster.record.sinks.prometheus import PrometheusSink
@@ -42,7 +43,7 @@ from cluster.redaction import redact
 from cluster.run.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.run.memory import MemoryMeter
 from cluster.run.moving_reference import MovingReference
-from cluster.spec.config import RunConfig
+from cluster.spec.config import RunConfig, resolved
 from cluster.spec.inputs import Inputs
 from cluster.views.report import verdict, write_report
 

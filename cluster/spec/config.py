@@ -27,7 +27,7 @@ from cluster.faults import ConfigError
 from cluster.loop.filtering import FilterConfig
 from cluster.loop.quarantine import QuarantineConfig
 from cluster.record.alerts import AlertConfig
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 from cluster.spec.explanation import explain
 from cluster.spec.processor import native_dtype
 
@@ -360,3 +360,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section", "check the key")
     tree[last] = value
+
+
+def resolved(cfg: RunConfig) -> dict[str, Any]:
+    """The whole config tree, ready for TOML: paths as text, unset values left out."""
+    tree: dict[str, Any] = _without_none(cfg.model_dump(mode="json"))
+    return tree
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return [_without_none(item) for item in tree] if isinstance(tree, list) else tree

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.record.folder import write_atomically
+from cluster.record.files import write_atomically
 from tests.harness.commands import align, summary
 from tests.places import REPOSITORY
 

@@ -16,6 +16,7 @@ from align.data.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, T
 from align.learner.learner import UpdateStats
 from cluster.record import transcripts
 from cluster.record.folder import RunFolder
+from cluster.spec.config import resolved
 from tests.fakes.run_files import config
 
 PIECES = (
@@ -53,7 +54,8 @@ def scored(ticket: int, prompt: str, lengths: list[int], version: int = 0, with_
 
 def write(folder: Path, model: Path, **sections: dict[str, object]) -> Path:
     """A run of three steps; the last one learned from a stale group. Every completion begins like `HOSTILE`."""
-    RunFolder(folder, config(policy={"model": str(model)}, run={"steps": 4, "name": "quiet"}, **sections))
+    cfg = config(policy={"model": str(model)}, run={"steps": 4, "name": "quiet"}, **sections)
+    RunFolder(folder, resolved(cfg))
     told = (folder / "config.toml").read_text().replace('"quiet"', json.dumps(HOSTILE))  # no run has it; a file may
     (folder / "config.toml").write_text(told)
     long = len(PIECES)

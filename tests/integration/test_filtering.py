@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from cluster.record.folder import hash_tree
+from cluster.record.files import hash_tree
 from tests.harness.commands import DEMO, align, trajectories
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.usefixtures("tiny_task")]

@@ -17,8 +17,7 @@ from cluster.doctor.examination import before_a_run, examine, token
 from cluster.doctor.verdict import Verdict, checked, exit_code, merged, require, together
 from cluster.doctor.versions import TESTED
 from cluster.faults import ConfigError, ResourceError
-from cluster.record.folder import resolved
-from cluster.spec.config import RunConfig
+from cluster.spec.config import RunConfig, resolved
 from cluster.spec.inputs import load_inputs
 from tests.fakes.run_files import config, write
 

@@ -14,7 +14,7 @@ import pytest
 from cluster.faults import CheckpointError
 from cluster.record import checkpoint
 from cluster.record.checkpoint import Checkpoint, RunState
-from cluster.record.folder import hash_tree
+from cluster.record.files import hash_tree
 
 
 def state(version: int) -> RunState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from cluster.faults import RunFolderError
-from cluster.record.folder import RunFolder, hash_tree, remove_tree, write_atomically
-from cluster.spec.config import load_config
+from cluster.record.files import write_atomically
+from cluster.record.folder import RunFolder
+from cluster.spec.config import load_config, resolved
 from tests.fakes.run_files import config
 from tests.places import REPOSITORY
 
@@ -32,7 +32,7 @@ def test_a_new_folder_holds_the_whole_config(there: bool, tmp_path: Path) -> Non
     path = tmp_path / "runs" / "one"
     if there:
         path.mkdir(parents=True)
-    folder = RunFolder(path, config(run={"seed": 9}))
+    folder = RunFolder(path, resolved(config(run={"seed": 9})))
     assert not folder.resumed
     assert sorted(files(path)) == [".lock", "config.toml"]
     assert load_config(path / "config.toml") == config(run={"seed": 9})
@@ -45,44 +45,44 @@ def begin(path: Path) -> None:
 
 @pytest.mark.parametrize("status", [None, "stopped", "failed"])
 def test_a_folder_of_the_same_run_that_did_not_finish_is_taken_up(status: str | None, tmp_path: Path) -> None:
-    RunFolder(tmp_path, config())
+    RunFolder(tmp_path, resolved(config()))
     begin(tmp_path)
     if status:
         finish(tmp_path, status)
-    assert RunFolder(tmp_path, config()).resumed
+    assert RunFolder(tmp_path, resolved(config())).resumed
 
 
 @pytest.mark.parametrize("left", [(), (".lock",), ("config.toml",), (".lock", "config.toml", "config.toml.tmp")])
 def test_what_a_run_left_that_could_not_start_is_in_nobodys_way(left: tuple[str, ...], tmp_path: Path) -> None:
     for name in left:
         (tmp_path / name).write_text("of another config")
-    folder = RunFolder(tmp_path, config(run={"seed": 9}))
+    folder = RunFolder(tmp_path, resolved(config(run={"seed": 9})))
     assert not folder.resumed
     assert load_config(tmp_path / "config.toml") == config(run={"seed": 9})
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
-    RunFolder(tmp_path, config())
+    RunFolder(tmp_path, resolved(config()))
     begin(tmp_path)
     before = files(tmp_path)
     with pytest.raises(RunFolderError, match="already holds another run"):
-        RunFolder(tmp_path, config(optimizer={"lr": 0.5}))
+        RunFolder(tmp_path, resolved(config(optimizer={"lr": 0.5})))
     assert files(tmp_path) == before
 
 
 def test_a_finished_run_is_refused_and_left_alone(tmp_path: Path) -> None:
-    RunFolder(tmp_path, config())
+    RunFolder(tmp_path, resolved(config()))
     finish(tmp_path, "finished")
     before = files(tmp_path)
     with pytest.raises(RunFolderError, match="already holds this run, finished"):
-        RunFolder(tmp_path, config())
+        RunFolder(tmp_path, resolved(config()))
     assert files(tmp_path) == before
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunFolderError, match="is not empty and holds no run"):
-        RunFolder(tmp_path, config())
+        RunFolder(tmp_path, resolved(config()))
     assert files(tmp_path) == {"thesis.tex": b"years of work"}
 
 
@@ -90,17 +90,17 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.write_text("a file")
     with pytest.raises(RunFolderError, match="is a file"):
-        RunFolder(path, config())
+        RunFolder(path, resolved(config()))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=r"file/run cannot be used: .*Not a directory"):
-        RunFolder(tmp_path / "file" / "run", config())
+        RunFolder(tmp_path / "file" / "run", resolved(config()))
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
-    first, second = RunFolder(tmp_path, config()), RunFolder(tmp_path, config())
+    first, second = RunFolder(tmp_path, resolved(config())), RunFolder(tmp_path, resolved(config()))
     with first.lock(), pytest.raises(RunFolderError, match="is in use by a run that is under way"), second.lock():
         pytest.fail("two runs hold one folder")
     with second.lock():
@@ -109,9 +109,9 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_a_run_that_is_starting_up_keeps_its_config(tmp_path: Path) -> None:
     """It has written nothing else yet, so that its folder looks like one of a run that could not start."""
-    with RunFolder(tmp_path, config()).lock():
+    with RunFolder(tmp_path, resolved(config())).lock():
         with pytest.raises(RunFolderError, match=r"is in use by a run that is under way"):
-            RunFolder(tmp_path, config(optimizer={"lr": 0.5}))
+            RunFolder(tmp_path, resolved(config(optimizer={"lr": 0.5})))
         assert load_config(tmp_path / "config.toml") == config()
 
 
@@ -119,8 +119,9 @@ HOLD_AND_DIE = """
 import os, sys
 from pathlib import Path
 from cluster.record.folder import RunFolder
+from cluster.spec.config import resolved
 from tests.fakes.run_files import config
-with RunFolder(Path(sys.argv[1]), config()).lock():
+with RunFolder(Path(sys.argv[1]), resolved(config())).lock():
     os.kill(os.getpid(), 9)
 """
 
@@ -130,14 +131,14 @@ def test_a_run_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     died = subprocess.run([sys.executable, "-c", HOLD_AND_DIE, str(tmp_path)], cwd=root, timeout=60)
     assert died.returncode == -9
     assert (tmp_path / ".lock").is_file()
-    with RunFolder(tmp_path, config()).lock():
+    with RunFolder(tmp_path, resolved(config())).lock():
         pass
 
 
 def test_every_refusal_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("")
     with pytest.raises(RunFolderError) as caught:
-        RunFolder(tmp_path, config())
+        RunFolder(tmp_path, resolved(config()))
     assert "--set run.dir" in caught.value.advice
 
 
@@ -145,74 +146,23 @@ def test_the_command_that_is_printed_after_a_stop_takes_the_run_up_again(tmp_pat
     """`align train FOLDER/config.toml --set run.dir=FOLDER`, for a run whose file named no folder, or another spelling."""
     for run_dir in (None, tmp_path / "one" / ".." / "one"):
         cfg = config(run={"dir": run_dir}) if run_dir else config()
-        RunFolder(tmp_path / "one", cfg)
+        RunFolder(tmp_path / "one", resolved(cfg))
         begin(tmp_path / "one")
-        again = load_config(tmp_path / "one" / "config.toml", [f"run.dir={tmp_path / 'one'}"])
+        again = resolved(load_config(tmp_path / "one" / "config.toml", [f"run.dir={tmp_path / 'one'}"]))
         assert RunFolder(RunFolder.default_path(again), again).resumed
 
 
 def test_the_default_folder_is_named_after_run_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda shape: {"%Y%m%d-%H%M%S": "20261124-073000"}[shape])
-    assert RunFolder.default_path(config(run={"name": "demo"})) == Path("runs/demo-20261124-073000")
-    assert RunFolder.default_path(config(run={"dir": "/data/mine"})) == Path("/data/mine")
+    assert RunFolder.default_path(resolved(config(run={"name": "demo"}))) == Path("runs/demo-20261124-073000")
+    assert RunFolder.default_path(resolved(config(run={"dir": "/data/mine"}))) == Path("/data/mine")
 
 
 def test_the_environment_names_packages_seed_machine_and_what_else_is_given(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, config(run={"seed": 11}))
-    folder.write_environment(config(run={"seed": 11}), {"dtype": "float32"})
+    folder = RunFolder(tmp_path, resolved(config(run={"seed": 11})))
+    folder.write_environment({"dtype": "float32"})
     content = json.loads((tmp_path / "environment.json").read_text())
     assert content["seed"] == 11
     assert content["dtype"] == "float32"
     assert {"align", "torch", "ray", "wandb"} <= content["packages"].keys()
     assert content["machine"]["cpus"] == os.cpu_count()
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def test_a_write_replaces_the_file_as_a_whole_and_leaves_nothing_aside(tmp_path: Path) -> None:
-    path = tmp_path / "state.json"
-    for text in ("first, and longer", "我"):
-        write_atomically(path, text)
-        assert files(tmp_path) == {"state.json": text.encode()}
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "state.json"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")  # a lone surrogate cannot be written
-    assert path.read_text() == "old"
-
-
-def test_a_write_reaches_the_disk_before_it_takes_the_place_of_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "state.json"
-    write_atomically(path, "old")
-
-    def power_cut(handle: int) -> None:
-        assert path.read_text() == "old"
-        raise OSError("power cut")
-
-    monkeypatch.setattr(os, "fsync", power_cut)
-    with pytest.raises(OSError, match="power cut"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-
-
-def test_a_tree_is_hashed_by_relative_path(tmp_path: Path) -> None:
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "b").write_bytes(b"bbb")
-    (tmp_path / "a").write_bytes(b"")
-    assert hash_tree(tmp_path) == {
-        "a": hashlib.sha256(b"").hexdigest(),
-        "policy/b": hashlib.sha256(b"bbb").hexdigest(),
-    }
-
-
-def test_removing_a_folder_that_is_not_there_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    remove_tree(tmp_path / "a")
-    remove_tree(tmp_path / "a")
-    assert not (tmp_path / "a").exists()

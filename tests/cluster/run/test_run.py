@@ -16,7 +16,7 @@ FRAME = """
 import asyncio, os, sys, time
 from pathlib import Path
 from align.metrics import Metric
-from cluster.spec.config import load_config
+from cluster.spec.config import load_config, resolved
 from cluster.faults import ActorLost
 from cluster.record.folder import RunFolder
 from cluster.spec.inputs import Inputs
@@ -32,8 +32,8 @@ class Failing(Training):
         raise ActorLost("learner", 0, "update", "refused " + os.environ["HF_TOKEN"])
 
 cfg = load_config(Path("run.toml"), ["alerts.window=1", "wandb.mode=offline"])
-folder = RunFolder(Path("run").absolute(), cfg)
-folder.write_environment(cfg, {"ray_session": "/nowhere"})
+folder = RunFolder(Path("run").absolute(), resolved(cfg))
+folder.write_environment({"ray_session": "/nowhere"})
 run = Failing(cfg, Inputs([], [], 0, 16, 1), folder, Console(2), None, time.monotonic(), False)
 try:
     asyncio.run(run.run())

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ValidationError
 from align.algorithm.bundles import BUNDLES
 from align.algorithm.config import AlgorithmConfig
 from cluster.actors.rollout import engine_settings
-from cluster.record.folder import resolved
-from cluster.spec.config import RunConfig, load_config
+from cluster.spec.config import RunConfig, load_config, resolved
 from tests.fakes.run_files import config, refused, write
 from tests.places import RUNS
 
