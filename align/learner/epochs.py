@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from align.data.batching import Batch
 from align.data.prompts import derive_seed
+from align.learner.shares import Cut, passes
 from align.model.policy import Policy
-
-Cut = Callable[[Sequence[int]], Sequence[Sequence[int]]]
 
 
 def minibatches(num_trajectories: int, num_epochs: int, num_minibatches: int, version: int) -> Iterator[list[int]]:
@@ -57,7 +56,7 @@ def old_logprobs(policy: Policy, batch: Batch, cut: Cut, packed: bool, **samplin
         sampling: Temperature, top_k and top_p of the sampler, as `Policy.token_logprobs` takes them.
     """
     result = torch.zeros_like(batch.behavior_logprobs)
-    for one in policy.ranks.passes(batch.lengths.tolist(), cut):
+    for one in passes(policy.ranks, batch.lengths.tolist(), cut):
         part = batch.rows(one.rows)
         lengths = part.lengths if packed else None
         output = policy.token_logprobs(part.token_ids, wanted=part.loss_mask, lengths=lengths, **sampling)

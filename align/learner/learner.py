@@ -25,6 +25,7 @@ from align.data.packing import pack
 from align.learner.critic import Critic, critic_metrics
 from align.learner.epochs import minibatches, old_logprobs
 from align.learner.optimizer import Optimizer, OptimizerConfig
+from align.learner.shares import passes
 from align.metrics import Metric
 from align.model.head import MAX_LOGITS_BYTES
 from align.model.policy import Policy, TokenLogprobs
@@ -219,7 +220,7 @@ class Learner:
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
         metrics: list[Metric] = []
         computed = torch.zeros((), dtype=torch.int64)
-        for one in self.policy.ranks.passes(batch.lengths.tolist(), self._micro_batches):
+        for one in passes(self.policy.ranks, batch.lengths.tolist(), self._micro_batches):
             part = batch.rows(one.rows) if one.counts else batch.rows(one.rows).without_loss()
             longest = part.token_ids.shape[1]
             logprobs, of_part = self._backward(part, advantages[one.rows, :longest], weights[one.rows])

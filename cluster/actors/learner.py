@@ -19,11 +19,11 @@ from align.data.types import FloatArray, Group, Prompt, ScoredGroup, TokenReward
 from align.demo.judges import JUDGES
 from align.learner.critic import Critic, CriticConfig
 from align.learner.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
+from align.learner.meeting import Meeting, host, join
 from align.learner.optimizer import OptimizerConfig
 from align.metrics import Metric
 from align.model.adapters import Adapter, AdapterConfig
 from align.model.policy import Policy
-from align.model.ranks import Meeting, host, join
 from align.rewards.kinds import RewardConfig, verifier_of
 from align.rewards.outcome import DEADLINE_S, verify
 from cluster.actors.scorer import completion_log_distributions
