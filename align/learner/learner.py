@@ -22,13 +22,14 @@ from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective, mean, off_policy_metrics
 from align.data.batching import Batch, micro_batches
 from align.data.packing import pack
+from align.data.token_logprobs import TokenLogprobs
 from align.learner.critic import Critic, critic_metrics
 from align.learner.epochs import minibatches, old_logprobs
 from align.learner.optimizer import Optimizer, OptimizerConfig
 from align.learner.shares import passes
 from align.metrics import Metric
 from align.model.head import MAX_LOGITS_BYTES
-from align.model.policy import Policy, TokenLogprobs
+from align.model.policy import Policy
 
 
 class LearnerConfig(BaseModel):

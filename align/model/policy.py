@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,53 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.data.token_logprobs import TokenLogprobs
 from align.model import attention
 from align.model.adapters import Adapter, merged, trained_first
 from align.model.folder import LOCAL, attention_of, checked_model_directory, load_tokenizer, stored
 from align.model.head import MAX_LOGITS_BYTES, Head
+from align.model.precision import DTYPES, autocast
 from align.model.ranks import Ranks, is_sharded, named_shards, shard, whole
 from align.model.support import restricted
 from align.model.trunk import Trunk
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Per-token quantities, indexed by the token they are about.
-
-    Attributes:
-        logprobs: [B, T] log-probability of each token given those before it; 0 where not wanted.
-        entropy: [B, T] entropy in nats of the distribution the token was drawn from; with gradient only on request.
-        of_others: [B, T, K] log-probabilities of other tokens at the same places, or None if none were asked for.
-        outside: [B, T] bool, tokens outside the support of this policy's own truncated distribution; None if nothing truncates.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    of_others: Tensor | None = None
-    outside: Tensor | None = None
-
-    @classmethod
-    def at(
-        cls,
-        places: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        of_others: Tensor | None = None,
-        outside: Tensor | None = None,
-    ) -> TokenLogprobs:
-        """Numbers [M] (of others [M, K]) of the tokens at M places [B, T] bool; 0 elsewhere."""
-        blank = torch.zeros(places.shape, device=places.device)
-        if of_others is not None:
-            empty = blank[..., None].expand(*places.shape, of_others.shape[-1])
-            of_others = empty.masked_scatter(places[..., None], of_others)
-        return cls(
-            blank.masked_scatter(places, logprobs),
-            blank.masked_scatter(places, entropy),
-            of_others,
-            None if outside is None else torch.zeros_like(places).masked_scatter(places, outside),
-        )
 
 
 class Policy:
@@ -366,11 +327,8 @@ class Policy:
         return completion[:stop]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == "float32":
-            return contextlib.nullcontext()
         # Of a sharded model the cached copies would outlive the layers that they were made for.
-        cached = not is_sharded(self.model)
-        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype], cache_enabled=cached)
+        return autocast(self.device, self.compute_dtype, cached=not is_sharded(self.model))
 
 
 def _logprobs_of(logits: Tensor, others: Tensor) -> Tensor:

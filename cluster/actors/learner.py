@@ -24,6 +24,7 @@ from align.learner.optimizer import OptimizerConfig
 from align.metrics import Metric
 from align.model.adapters import Adapter, AdapterConfig
 from align.model.policy import Policy
+from align.model.value import ValueModel
 from align.rewards.kinds import RewardConfig, verifier_of
 from align.rewards.outcome import DEADLINE_S, verify
 from cluster.actors.scorer import completion_log_distributions
@@ -138,7 +139,7 @@ class LearnerActor:
         value_critic = None
         if critic is not None:
             value_critic = Critic(
-                Critic.model_from(critic.model or model, self.device),
+                ValueModel.load(critic.model or model, self.device),
                 critic,
                 num_steps,
                 value_clip=algorithm.value_clip,

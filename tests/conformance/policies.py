@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from align.model.policy import Policy, TokenLogprobs
+from align.data.token_logprobs import TokenLogprobs
+from align.model.policy import Policy
 from tests.conformance.peers import FLOAT32, Case, Equal, Verdict, resolve
 
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import Batch, collate
+from align.data.token_logprobs import TokenLogprobs
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.metrics import reduce
-from align.model.policy import Policy, TokenLogprobs
+from align.model.policy import Policy
 from tests.conftest import VOCAB_SIZE, random_qwen3
 from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.oracles.tabular import TabularLM
