@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import Batch, collate
+from align.data.sampling import Sampling
 from align.data.token_logprobs import TokenLogprobs
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
@@ -67,7 +68,7 @@ def train(algorithm: dict[str, Any], tied: bool, **knobs: Any) -> tuple[list[dic
         OptimizerConfig(lr=1e-3, eps=1e-2),
         LearnerConfig(**knobs),
         STEPS,
-        temperature=0.8,
+        sampling=Sampling(0.8),
     )
     steps = [reduce(learner.update(batch(seed)).metrics) for seed in range(STEPS)]
     for values in steps:

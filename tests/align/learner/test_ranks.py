@@ -96,7 +96,7 @@ def skip(ranks: Ranks) -> Result:
     bad.rewards[5] = math.nan
     stats = learner.update(bad)
     after = shards(learner)
-    cut = [one.rows for one in passes(ranks, bad.lengths.tolist(), learner._micro_batches) if one.counts]
+    cut = [one.rows for one in passes(ranks, bad.lengths.tolist(), learner.budget.cut) if one.counts]
     return {
         "had it": any(5 in rows for rows in cut),
         "skipped": stats.skipped,
@@ -254,7 +254,7 @@ def test_ranks_train_in_as_many_passes_of_unequal_size() -> None:
     """The equalities above would say little if all ranks had the same work."""
     learner = new_learner(Ranks(), tied=True)
     lengths = batch_of(0).lengths.tolist()
-    shares = [list(passes(Ranks(rank, 4), lengths, learner._micro_batches)) for rank in range(4)]
+    shares = [list(passes(Ranks(rank, 4), lengths, learner.budget.cut)) for rank in range(4)]
     assert len({len(of_rank) for of_rank in shares}) == 1
     assert len({sum(one.counts for one in of_rank) for of_rank in shares}) > 1, "some only keep step"
     assert len(set(lengths)) > 6
