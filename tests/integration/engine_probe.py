@@ -1,14 +1,10 @@
-"""Measures a real vLLM engine and prints what it found as one line of JSON; `test_engine.py` judges it.
-
-It runs in a process of its own, since vLLM changes torch in the process that it is imported into.
-"""
+"""Measures a real vLLM engine that is given weights; `test_engine.py` judges it."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,9 +19,9 @@ from align.model.support import restricted
 
 async def probe(model_dir: Path) -> dict[str, Any]:
     """All measurements on one engine, and those on an engine with a trap."""
-    from cluster.actors.engine.engine import Engine, EngineSettings
+    from cluster.actors.engine.engine import Engine
 
-    settings = EngineSettings(model_dir, "float32", seed=7, max_model_len=512, max_num_seqs=64, kv_cache_bytes=64 << 20)
+    settings = settings_of(model_dir)
     engine = Engine(settings)
     weights = Weights(model_dir)
     await engine.load(weights.export(0))
@@ -42,24 +38,34 @@ async def probe(model_dir: Path) -> dict[str, Any]:
     return found
 
 
+def settings_of(model_dir: Path, dtype: str = "float32", **more: Any) -> Any:
+    """Of an engine with room for 64 sequences of 512 tokens, if nothing else is said."""
+    from cluster.actors.engine.engine import EngineSettings
+
+    room = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_bytes": 64 << 20}
+    return EngineSettings(model_dir, dtype, seed=7, **room | more)
+
+
 class Weights:
     """The learner's side: a transformers model whose weights are changed and exported."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, dtype: str = "float32") -> None:
         from align.model.policy import Policy
 
-        self.policy = Policy.load(model_dir)
+        self.policy = Policy.load(model_dir, compute_dtype=dtype)
         self.generator = torch.Generator().manual_seed(3)
 
     def export(self, version: int) -> Any:
         from cluster.actors.weights import export_weights
 
-        return export_weights(self.policy.named_weights(), version, "float32")
+        return export_weights(self.policy.named_weights(), version, self.policy.compute_dtype)
 
     @torch.no_grad()
     def change(self, by: float = 0.05) -> None:
+        """Every weight by this share of the size that those of its matrix have."""
         for parameter in self.policy.model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=self.generator) * by * parameter.std())
+            noise = torch.randn(parameter.shape, generator=self.generator)
+            parameter.add_(by * noise * parameter.square().mean().sqrt())
 
     @torch.no_grad()
     def logprobs(self, token_ids: list[int], temperature: float = 1.0) -> np.ndarray:
@@ -270,14 +276,4 @@ async def update_without_pause(engine: Any) -> bool:
 
 
 if __name__ == "__main__":
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TORCHDYNAMO_DISABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     print(json.dumps(asyncio.run(probe(Path(sys.argv[1])))))
