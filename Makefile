@@ -7,7 +7,7 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real demo-grpo test test-long test-fast lint format
+.PHONY: setup demo demo-plain demo-real demo-grpo browser test test-long test-fast lint format
 .PHONY: bench-algorithms bench-head bench-staleness bench-variance
 
 setup: $(VENV)/.installed
@@ -44,10 +44,16 @@ demo-grpo: setup models/smollm2
 bench-algorithms: setup models/tiny
 	$(BIN)/python -m tests.bench.algorithms
 
-test: setup
+# For the tests of pages: Debian's, where this may install it; elsewhere those tests are skipped, with the command to run.
+browser:
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { \
+	  test "$$(id -u)" = 0 && apt-get -q update && apt-get -qy install --no-install-recommends chromium chromium-driver; \
+	} || echo "no browser for the tests of pages; as root: apt-get install chromium chromium-driver"
+
+test: setup browser
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: setup
+test-long: setup browser
 	$(BIN)/python -m pytest -m long
 
 test-fast: setup

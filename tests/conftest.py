@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +20,16 @@ from tests.places import REPOSITORY
 hypothesis.settings.register_profile("align", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("align")
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """At the end, what was skipped and why, one line a reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped, and why")
+    for reason, number in reasons.most_common():
+        terminalreporter.write_line(f"{number:5}  {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,14 +19,17 @@ from torch import Tensor
 from align.algorithm import losses
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective, mean, off_policy_metrics
-from align.data.batching import Batch, micro_batches
-from align.data.packing import pack
+from align.data.batching import Batch
+from align.data.sampling import PLAIN, Sampling
+from align.data.token_budget import TokenBudget
+from align.data.token_logprobs import TokenLogprobs
 from align.learner.critic import Critic, critic_metrics
 from align.learner.epochs import minibatches, old_logprobs
 from align.learner.optimizer import Optimizer, OptimizerConfig
+from align.learner.shares import passes
 from align.metrics import Metric
 from align.model.head import MAX_LOGITS_BYTES
-from align.model.policy import Policy, TokenLogprobs
+from align.model.policy import Policy
 
 
 class LearnerConfig(BaseModel):
@@ -94,10 +96,8 @@ class Learner:
         optimizer: Adam and its schedule.
         cfg: Memory and speed.
         num_steps: Length of the run, for the schedule.
-        temperature: The sampler's temperature; log-probabilities are taken at it.
+        sampling: What the batches are sampled from; log-probabilities are those of this distribution.
         critic: What `baseline = "critic"` asks for, and nothing else.
-        top_k: The sampler's; log-probabilities are taken over the tokens that it and `top_p` keep.
-        top_p: The sampler's.
 
     Raises:
         ValueError: If the algorithm needs a critic and there is none, or the other way round.
@@ -110,10 +110,8 @@ class Learner:
         optimizer: OptimizerConfig,
         cfg: LearnerConfig,
         num_steps: int,
-        temperature: float = 1.0,
+        sampling: Sampling = PLAIN,
         critic: Critic | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
     ) -> None:
         if (algorithm.baseline == "critic") != (critic is not None):
             raise ValueError(f"baseline = {algorithm.baseline!r} {'needs a' if critic is None else 'reads no'} critic")
@@ -125,9 +123,7 @@ class Learner:
         self.objective = Objective(algorithm)
         self.optimizer = Optimizer(policy.model, optimizer, num_steps)
         self.cfg = cfg
-        self.temperature = temperature
-        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        self.truncates = top_k > 0 or top_p < 1
+        self.sampling = sampling
         self.version = 0
         self.policy_is_version = True  # false between the first optimizer step of a batch and the last
         self.skipped_in_a_row = 0
@@ -186,7 +182,7 @@ class Learner:
             metrics = critic_metrics(batch)
         batch, mask_metrics = self.objective.with_loss(batch)
         if cfg.proximal == "recomputed" and cfg.num_epochs * cfg.num_minibatches > 1:
-            old = old_logprobs(self.policy, batch, self._micro_batches, self._packs, **self.sampling)
+            old = old_logprobs(self.policy, batch, self.budget, self.sampling)
             batch = replace(batch, old_logprobs=old)
         return batch, [*metrics, *mask_metrics]
 
@@ -219,11 +215,11 @@ class Learner:
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
         metrics: list[Metric] = []
         computed = torch.zeros((), dtype=torch.int64)
-        for one in self.policy.ranks.passes(batch.lengths.tolist(), self._micro_batches):
+        for one in passes(self.policy.ranks, batch.lengths.tolist(), self.budget.cut):
             part = batch.rows(one.rows) if one.counts else batch.rows(one.rows).without_loss()
             longest = part.token_ids.shape[1]
             logprobs, of_part = self._backward(part, advantages[one.rows, :longest], weights[one.rows])
-            computed += int(part.lengths.sum()) if self._packs else part.token_ids.numel()
+            computed += int(part.lengths.sum()) if self.budget.packs else part.token_ids.numel()
             if one.counts:
                 policy_logprobs[one.rows, :longest] = logprobs
                 metrics += of_part
@@ -234,17 +230,15 @@ class Learner:
         return [*gathered, *whole], policy_logprobs
 
     @property
-    def _packs(self) -> bool:
-        return self.cfg.packing and self.policy.trunk.packs
-
-    def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        return (pack if self._packs else micro_batches)(lengths, self.cfg.max_tokens_per_micro_batch)
+    def budget(self) -> TokenBudget:
+        """Of one forward pass."""
+        return TokenBudget(self.cfg.max_tokens_per_micro_batch, self.cfg.packing and self.policy.trunk.packs)
 
     def _backward(self, part: Batch, advantages: Tensor, weights: Tensor) -> tuple[Tensor, list[Metric]]:
         """Add the gradient of one micro-batch; returns its log-probabilities [B, T]."""
         mask = part.loss_mask
-        states = self.policy.states(part.token_ids, mask, part.lengths if self._packs else None)
-        by_token = self.objective.is_by_token and not self.truncates
+        states = self.policy.states(part.token_ids, mask, part.lengths if self.budget.packs else None)
+        by_token = self.objective.is_by_token and not self.sampling.truncates
         compute = self._loss_by_token if by_token else self._loss_by_trajectory
         loss, output, metrics = compute(states, part, advantages, weights)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -266,7 +260,7 @@ class Learner:
             return value
 
         targets = part.token_ids[mask]
-        total, logprobs, entropy = self.policy.head.token_loss(states, targets, loss, temperature=self.temperature)
+        total, logprobs, entropy = self.policy.head.token_loss(states, targets, loss, self.sampling)
         return total, TokenLogprobs.at(mask, logprobs, entropy), metrics
 
     def _loss_by_trajectory(
@@ -277,10 +271,10 @@ class Learner:
             states,
             part.loss_mask,
             part.token_ids,
+            sampling=self.sampling,
             with_entropy=True,
             entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
             others=part.ref_top_ids,
-            **self.sampling,
         )
         loss, metrics = self._loss(part, output, advantages, weights)
         if output.outside is not None:

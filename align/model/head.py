@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.data.sampling import PLAIN, Sampling
+
 TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
 """(tokens of the chunk, their log-probabilities [C], their entropies [C]) -> their part of the loss, a scalar."""
 MAX_LOGITS_BYTES = 128 * 2**20
@@ -54,24 +56,27 @@ class Head:
         return y if self.cap is None else self.cap * torch.tanh(y / self.cap)
 
     def logprobs(
-        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = True
+        self, hidden: Tensor, targets: Tensor, sampling: Sampling = PLAIN, *, entropy: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the targets and entropies, in nats, under `softmax(z / temperature)`; both carry gradients.
 
         Args:
             hidden: [N, D].
             targets: [N] int64 below V.
-            temperature: Of the sampler.
+            sampling: Its temperature. A distribution that truncates needs the logits of whole rows: see `support.restricted`.
             entropy: Compute the entropies; they are 0 otherwise.
 
         Returns:
             [N], [N] float32.
+
+        Raises:
+            ValueError: If the distribution truncates.
         """
-        sweep = _Sweep(self, targets, temperature, entropy)
+        sweep = _Sweep(self, targets, sampling, entropy)
         return _Recomputed.apply(hidden, self.weight, self.bias, sweep)  # type: ignore[no-any-return, no-untyped-call]
 
     def token_loss(
-        self, hidden: Tensor, targets: Tensor, loss: TokenLoss, *, temperature: float = 1.0
+        self, hidden: Tensor, targets: Tensor, loss: TokenLoss, sampling: Sampling = PLAIN
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A loss that is a sum over tokens, its gradient formed on the way.
 
@@ -80,12 +85,15 @@ class Head:
             targets: [N] int64 below V.
             loss: Called once for each chunk of tokens, in order; differentiable in the log-probabilities, perhaps in the
                 entropies too.
-            temperature: Of the sampler.
+            sampling: As for `logprobs`.
 
         Returns:
             The loss, to be differentiated once; log-probabilities [N] and entropies [N], without gradient.
+
+        Raises:
+            ValueError: If the distribution truncates.
         """
-        sweep = _Sweep(self, targets, temperature, True)
+        sweep = _Sweep(self, targets, sampling, True)
         return _Formed.apply(hidden, self.weight, self.bias, sweep, loss)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -110,7 +118,12 @@ class _Sweep:
     With `inner * (W h + b)` before and `outer * tanh` after: without a cap, `z / temperature = inner * (W h + b)`.
     """
 
-    def __init__(self, head: Head, targets: Tensor, temperature: float, entropy: bool) -> None:
+    def __init__(self, head: Head, targets: Tensor, sampling: Sampling, entropy: bool) -> None:
+        if sampling.truncates:
+            raise ValueError(
+                f"{sampling} keeps some tokens of a row; a head that goes block by block never has the row"
+            )
+        temperature = sampling.temperature
         self.head, self.targets, self.entropy = head, targets, entropy
         self.inner = head.scale / temperature if head.cap is None else head.scale / head.cap
         self.outer = None if head.cap is None else head.cap / temperature

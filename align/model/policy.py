@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,53 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.data.sampling import PLAIN, Sampling
+from align.data.token_logprobs import TokenLogprobs
 from align.model import attention
 from align.model.adapters import Adapter, merged, trained_first
 from align.model.folder import LOCAL, attention_of, checked_model_directory, load_tokenizer, stored
 from align.model.head import MAX_LOGITS_BYTES, Head
+from align.model.precision import DTYPES, autocast
 from align.model.ranks import Ranks, is_sharded, named_shards, shard, whole
 from align.model.support import restricted
 from align.model.trunk import Trunk
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Per-token quantities, indexed by the token they are about.
-
-    Attributes:
-        logprobs: [B, T] log-probability of each token given those before it; 0 where not wanted.
-        entropy: [B, T] entropy in nats of the distribution the token was drawn from; with gradient only on request.
-        of_others: [B, T, K] log-probabilities of other tokens at the same places, or None if none were asked for.
-        outside: [B, T] bool, tokens outside the support of this policy's own truncated distribution; None if nothing truncates.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    of_others: Tensor | None = None
-    outside: Tensor | None = None
-
-    @classmethod
-    def at(
-        cls,
-        places: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        of_others: Tensor | None = None,
-        outside: Tensor | None = None,
-    ) -> TokenLogprobs:
-        """Numbers [M] (of others [M, K]) of the tokens at M places [B, T] bool; 0 elsewhere."""
-        blank = torch.zeros(places.shape, device=places.device)
-        if of_others is not None:
-            empty = blank[..., None].expand(*places.shape, of_others.shape[-1])
-            of_others = empty.masked_scatter(places[..., None], of_others)
-        return cls(
-            blank.masked_scatter(places, logprobs),
-            blank.masked_scatter(places, entropy),
-            of_others,
-            None if outside is None else torch.zeros_like(places).masked_scatter(places, outside),
-        )
 
 
 class Policy:
@@ -218,28 +180,24 @@ class Policy:
         start: int = 1,
         wanted: Tensor | None = None,
         lengths: Tensor | None = None,
-        temperature: float = 1.0,
+        sampling: Sampling = PLAIN,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
         others: Tensor | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
     ) -> TokenLogprobs:
         """`log softmax(logits / temperature)[token]` in float32, and on request the entropy of the same distribution.
 
-        With `top_k` or `top_p` the distribution is renormalised over the tokens that they keep, and the sampled token.
+        Where the sampler truncates, the distribution is renormalised over the tokens that it keeps, and the sampled token.
 
         Args:
             token_ids: [B, T], right-padded; what stands at padding is meaningless and must be masked by the caller.
             start: First token of interest, unless `wanted` says which.
             wanted: [B, T] bool tokens of interest.
             lengths: [B] real tokens, to compute nothing at padding; see `states`.
-            temperature: The sampler's temperature, so that the log-probabilities are those of what sampled.
+            sampling: The sampler's, so that the log-probabilities are those of what sampled.
             with_entropy: Compute the entropy too; it stays 0 otherwise.
             entropy_gradient: Let gradients flow through the entropy.
             others: [B, T, K] tokens whose log-probabilities are asked for too, under the whole distribution.
-            top_k: The sampler's; 0 for all tokens.
-            top_p: The sampler's; 1 for all tokens.
 
         Raises:
             ValueError: If one of `others` is not in the vocabulary.
@@ -250,12 +208,10 @@ class Policy:
             states,
             wanted,
             token_ids,
-            temperature=temperature,
+            sampling=sampling,
             with_entropy=with_entropy,
             entropy_gradient=entropy_gradient,
             others=others,
-            top_k=top_k,
-            top_p=top_p,
         )
 
     def completed(
@@ -264,27 +220,25 @@ class Policy:
         wanted: Tensor,
         token_ids: Tensor,
         *,
-        temperature: float,
+        sampling: Sampling,
         with_entropy: bool,
         entropy_gradient: bool,
         others: Tensor | None,
-        top_k: int,
-        top_p: float,
     ) -> TokenLogprobs:
         """What `token_logprobs` gives, from `states` [M, D] of the wanted tokens.
 
         Other tokens and a truncated support need the logits of whole rows, all at once [M, V]; else they are never there.
         """
         targets = token_ids[wanted]
-        if others is None and not top_k and top_p == 1:
-            values = self.head.logprobs(states, targets, temperature=temperature, entropy=with_entropy)
+        if others is None and not sampling.truncates:
+            values = self.head.logprobs(states, targets, sampling, entropy=with_entropy)
             of_others = outside = None
         else:
-            logits = self.head.logits(states) / temperature
+            logits = self.head.logits(states) / sampling.temperature
             of_others = None if others is None else _logprobs_of(logits, others[wanted])
             outside = None
-            if top_k or top_p < 1:
-                logits, outside = restricted(logits, targets, top_k, top_p)
+            if sampling.truncates:
+                logits, outside = restricted(logits, targets, sampling)
             normalizer = torch.logsumexp(logits, dim=-1)
             chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
             values = (chosen, _entropy(logits, normalizer) if with_entropy else torch.zeros_like(normalizer))
@@ -366,11 +320,8 @@ class Policy:
         return completion[:stop]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == "float32":
-            return contextlib.nullcontext()
         # Of a sharded model the cached copies would outlive the layers that they were made for.
-        cached = not is_sharded(self.model)
-        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype], cache_enabled=cached)
+        return autocast(self.device, self.compute_dtype, cached=not is_sharded(self.model))
 
 
 def _logprobs_of(logits: Tensor, others: Tensor) -> Tensor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from cluster.faults import ConfigError
 from cluster.record.transcripts import Brief, Row, Trajectories, excerpt, returns
 from cluster.views.credit import PULL, PULL_MEANING, Credit, CreditUnknown, step_credits
+from cluster.views.rows import Rows
 from cluster.views.selection import ORDERS, Selection, Summary, ends
 
 _SHOWN = 60  # characters of a text in a table
+_SAID = "prompt -> completion"
+_LEAST_ANSWER = 20  # columns of the console that an answer takes beside others
 PULLED = "pull"
 """The order by what moved the loss, beside `ORDERS`."""
 
@@ -56,7 +59,7 @@ def view(
 def _of_group(found: Trajectories, step: int, ticket: int, repeat: int | None) -> RenderableType:
     group = found.group(step, ticket)
     if repeat is None:
-        return side_by_side(group)
+        return SideBySide(group)
     if not 0 <= repeat < len(group):
         raise ConfigError(f"ticket {ticket} has no repeat {repeat}", f"it has {len(group)}, counted from 0")
     try:
@@ -66,14 +69,13 @@ def _of_group(found: Trajectories, step: int, ticket: int, repeat: int | None) -
     return token_view(group[repeat], found.tokenizer(), credit)
 
 
-def overview(trajectories: Trajectories) -> Table:
+def overview(trajectories: Trajectories) -> Rows:
     """A line per step: rewards, lengths, endings, staleness."""
-    table = Table(title=f"{trajectories.run}: {len(trajectories.files)} steps", box=None)
-    for name in ("step", "trajectories", "reward mean", "least", "most", "tokens mean", "stopped", "staleness"):
-        table.add_column(name, justify="right")
+    headings = ("step", "trajectories", "reward mean", "least", "most", "tokens mean", "stopped", "staleness")
+    table = Rows(headings, title=f"{trajectories.run}: {len(trajectories.files)} steps")
     for step in trajectories.files:
         line = Summary.of(trajectories.briefs(step))
-        table.add_row(
+        table.add(
             str(step),
             str(line.num),
             f"{line.reward_mean:.4g}",
@@ -86,21 +88,19 @@ def overview(trajectories: Trajectories) -> Table:
     return table
 
 
-def listing(trajectories: Trajectories, selection: Selection, order: str | None, limit: int) -> Table:
+def listing(trajectories: Trajectories, selection: Selection, order: str | None, limit: int) -> Rows:
     """A line per trajectory."""
     found = selection.of(trajectories)
     shown = ends(found, limit) if order is None else sorted(found, key=ORDERS[order].key)[:limit]
-    table = Table(box=None, caption=f"{len(shown)} of {len(found)} trajectories")
-    for name in ("step", "ticket", "repeat", "reward", "tokens", "ending", "staleness"):
-        table.add_column(name, justify="right")
-    table.add_column("prompt -> completion")
+    headings = ("step", "ticket", "repeat", "reward", "tokens", "ending", "staleness", _SAID)
+    table = Rows(headings, [_SAID], caption=f"{len(shown)} of {len(found)} trajectories")
     for brief in shown:
         numbers = (brief.step, brief.ticket, brief.repeat, f"{brief.reward:.4g}", brief.num_tokens)
-        table.add_row(*map(str, numbers), brief.finish_reason, str(brief.staleness), _said(brief))
+        table.add(*map(str, numbers), brief.finish_reason, str(brief.staleness), _said(brief))
     return table
 
 
-def movers(trajectories: Trajectories, step: int, limit: int) -> Table:
+def movers(trajectories: Trajectories, step: int, limit: int) -> Rows:
     """The trajectories that moved the loss of a step the most.
 
     Raises:
@@ -110,16 +110,14 @@ def movers(trajectories: Trajectories, step: int, limit: int) -> Table:
         credits = step_credits(trajectories, step)
     except CreditUnknown as unknown:
         raise ConfigError(f"what moved step {step} is not known", str(unknown)) from None
-    table = Table(box=None, caption=f"{PULL}. {PULL_MEANING}")
-    for name in ("ticket", "repeat", "reward", "pull", "share"):
-        table.add_column(name, justify="right")
-    table.add_column("prompt -> completion")
+    headings = ("ticket", "repeat", "reward", "pull", "share", _SAID)
+    table = Rows(headings, [_SAID], caption=f"{PULL}. {PULL_MEANING}")
     total = sum(credit.pull for credit in credits.values())
     by_key = {(brief.ticket, brief.repeat): brief for brief in trajectories.briefs(step)}
     for key, credit in sorted(credits.items(), key=lambda item: -item[1].pull)[:limit]:
         share = f"{credit.pull / total:.1%}" if total else "-"
         brief = by_key[key]
-        table.add_row(*map(str, key), f"{brief.reward:.4g}", f"{credit.pull:.3g}", share, _said(brief))
+        table.add(*map(str, key), f"{brief.reward:.4g}", f"{credit.pull:.3g}", share, _said(brief))
     return table
 
 
@@ -128,16 +126,37 @@ def _said(brief: Brief) -> Text:
     return Text(prompt) + Text(" -> ", "dim") + Text(said, "bold")
 
 
-def side_by_side(rows: Sequence[Row]) -> Table:
-    """The completions of a group beside each other, with their rewards less the group's mean."""
-    mean = sum(row["reward"] for row in rows) / len(rows)
-    table = Table(title=Text(rows[0]["prompt"]), caption=f"mean reward {mean:.4g}", show_lines=True)
-    for row in rows:
-        table.add_column(f"repeat {row['repeat']}")
-    table.add_row(*(Text(row["completion"]) for row in rows))
-    table.add_row(*(f"reward {row['reward']:.4g} ({row['reward'] - mean:+.4g})" for row in rows))
-    table.add_row(*(f"{len(row['token_ids'])} tokens, {row['finish_reason']}" for row in rows))
-    return table
+class SideBySide:
+    """The completions of a group beside each other, with their rewards less the group's mean; on a narrow console below.
+
+    Args:
+        rows: Of one ticket.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+        self._mean = sum(row["reward"] for row in rows) / len(rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """See rich's protocol for what it prints."""
+        title, caption = Text(self._rows[0]["prompt"]), f"mean reward {self._mean:.4g}"
+        beside = options.max_width >= _LEAST_ANSWER * len(self._rows)
+        table = Table(title=title, caption=caption, show_lines=True, show_header=beside)
+        if beside:
+            for row in self._rows:
+                table.add_column(f"repeat {row['repeat']}", overflow="fold")
+            for cells in zip(*map(self._told, self._rows), strict=True):
+                table.add_row(*cells)
+        else:
+            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold")
+            for row in self._rows:
+                table.add_row(f"repeat {row['repeat']}", Text("\n").join(self._told(row)))
+        yield table
+
+    def _told(self, row: Row) -> list[Text]:
+        reward = f"reward {row['reward']:.4g} ({row['reward'] - self._mean:+.4g})"
+        return [Text(row["completion"]), Text(reward), Text(f"{len(row['token_ids'])} tokens, {row['finish_reason']}")]
 
 
 def token_view(row: Row, tokenizer: Any, credit: Credit | None) -> Group:
@@ -150,16 +169,15 @@ def token_view(row: Row, tokenizer: Any, credit: Credit | None) -> Group:
     return Group(running, Text(), _token_table(row, texts, credit))
 
 
-def _token_table(row: Row, texts: Sequence[str], credit: Credit | None) -> Table:
+def _token_table(row: Row, texts: Sequence[str], credit: Credit | None) -> Rows:
     least, most = min(row["rewards"]), max(row["rewards"])
-    table = Table(box=None, caption=f"return: rewards from the token on; red {least:.3g} to green {most:.3g}")
-    for name in ("", "token", "log-prob", "reference", "reward", "return", "advantage", "version"):
-        table.add_column(name, justify="left" if name == "token" else "right")
+    headings = ("", "token", "log-prob", "reference", "reward", "return", "advantage", "version")
+    table = Rows(headings, ["token"], caption=f"return: rewards from the token on; red {least:.3g} to green {most:.3g}")
     ref = row["ref_logprobs"] or [None] * len(texts)
     advantages = credit.advantages if credit else [None] * len(texts)
     togo = returns(row["rewards"])
     for number, (text, reward) in enumerate(zip(texts, row["rewards"], strict=True)):
-        table.add_row(
+        table.add(
             str(number),
             repr(text),
             _number(row["behavior_logprobs"][number]),

@@ -7,13 +7,15 @@ import fcntl
 import json
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cluster.faults import ConfigError
 from cluster.loop.goodput import shares
@@ -24,9 +26,60 @@ _SHOWN = (
     *("mismatch/abs_mean", "throughput/generated_tokens_per_s", "throughput/trained_tokens_per_s", "memory/rss_bytes"),
 )
 _RECENT = 10  # steps that means are taken over
+_LEAST_VALUE = 24  # columns of the console for values beside their names
 
 
-def status(run: Path) -> Table:
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a run stands; rich prints all of it, on a console of any width.
+
+    Attributes:
+        run: Its name and its folder.
+        lines: (name, value), what matters most first.
+    """
+
+    run: str
+    lines: Sequence[tuple[str, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """See rich's protocol for what it prints."""
+        yield _table(self.lines, options.max_width, self.run)
+
+
+@dataclass(frozen=True, slots=True)
+class InWindow:
+    """As much of a status as a window has lines for: from the state on, and how many lines are missing."""
+
+    status: Status
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """See rich's protocol for what it prints."""
+        for view in self._ever_shorter(options.max_width):
+            if len(console.render_lines(view, options, pad=False)) <= options.size.height:
+                break
+        yield view
+
+    def _ever_shorter(self, width: int) -> Iterator[RenderableType]:
+        yield self.status
+        state, *others = self.status.lines
+        lines = [state, ("run", self.status.run), *others]
+        for num in range(len(lines) - 1, 0, -1):
+            yield _table([*lines[:num], ("more", f"{len(lines) - num} in a taller window, or without --live")], width)
+
+
+def _table(lines: Sequence[tuple[str, str]], width: int, title: str = "") -> Table:
+    """Values beside their names where these leave room for them, else behind them."""
+    table = Table(title=Text(title, "table.title") if title else None, show_header=False, box=None)
+    beside = max(len(name) for name, _ in lines) + _LEAST_VALUE <= width
+    if beside:
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        table.add_row(*([Text(name), Text(value)] if beside else [Text(f"{name}: {value}")]))
+    return table
+
+
+def status(run: Path) -> Status:
     """State, progress and the means of the last steps.
 
     Raises:
@@ -36,32 +89,37 @@ def status(run: Path) -> Table:
         raise ConfigError(f"{run} holds no run", "name a run folder, e.g. runs/demo-…")
     cfg = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    table = Table(title=f"{cfg['run']['name']} in {run}: {state(run)}", show_header=False, box=None)
-    for name, value in _progress(rows, cfg["run"]["steps"]):
-        table.add_row(name, value)
     steps = [row for row in rows if "time/step_s" in row][-_RECENT:]
-    for name in _SHOWN:
-        if values := [row[name] for row in steps if name in row]:
-            table.add_row(name, f"{sum(values) / len(values):.4g} (mean of {len(values)} steps)")
-    for name, found in (("sampled tokens", shares(steps[-1] if steps else {})), ("idle", _idle(steps))):
-        if found:
-            table.add_row(name, ", ".join(f"{key} {share:.1%}" for key, share in found.items() if share))
-    for row in rows[::-1]:
-        if evaluated := {name: value for name, value in row.items() if name.startswith("eval/")}:
-            table.add_row(f"evaluation at {row['step']}", ", ".join(f"{k[5:]} {v:.4g}" for k, v in evaluated.items()))
-            break
-    return table
+    lines = [
+        ("state", state(run)),
+        *_progress(rows, cfg["run"]["steps"]),
+        *_means(steps),
+        *_shares(steps),
+        *_newest_evaluation(rows),
+    ]
+    return Status(f"{cfg['run']['name']} in {run}", lines)
 
 
-def show(run: Path, live: bool) -> None:
-    """Print the table; live, anew every two seconds until Ctrl-C."""
-    if not live:
-        Console().print(status(run))
-        return
-    with contextlib.suppress(KeyboardInterrupt), Live(status(run)) as screen:
-        while True:
-            time.sleep(2)
-            screen.update(status(run))
+def show(run: Path, live: bool, console: Console | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Print the status; live, anew every two seconds until Ctrl-C.
+
+    Args:
+        run: The run folder.
+        live: Whether to go on.
+        console: Rich's console; left out: the terminal.
+        sleep: Waits for so many seconds.
+
+    Raises:
+        ConfigError: If the folder holds no run.
+    """
+    console = console or Console()
+    if live:
+        screen = Live(InWindow(status(run)), console=console, transient=True, vertical_overflow="visible")
+        with contextlib.suppress(KeyboardInterrupt), screen:
+            while True:
+                sleep(2)
+                screen.update(InWindow(status(run)))
+    console.print(status(run))
 
 
 def state(run: Path) -> str:
@@ -84,6 +142,31 @@ def _is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _means(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    found = {name: [row[name] for row in steps if name in row] for name in _SHOWN}
+    return [
+        (name, f"{sum(values) / len(values):.4g} (mean of {len(values)} steps)")
+        for name, values in found.items()
+        if values
+    ]
+
+
+def _shares(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    found = {"sampled tokens": shares(steps[-1] if steps else {}), "idle": _idle(steps)}
+    return [
+        (name, ", ".join(f"{key} {share:.1%}" for key, share in of.items() if share))
+        for name, of in found.items()
+        if of
+    ]
+
+
+def _newest_evaluation(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    for row in reversed(rows):
+        if evaluated := {name: value for name, value in row.items() if name.startswith("eval/")}:
+            return [(f"evaluation at {row['step']}", ", ".join(f"{k[5:]} {v:.4g}" for k, v in evaluated.items()))]
+    return []
 
 
 def _idle(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

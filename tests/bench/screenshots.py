@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.record.transcripts import Trajectories
 from cluster.views.selection import ORDERS
 from cluster.views.web.server import Server
-from tests.harness.browser import MISSING, chromium, resize, screenshot
+from tests.harness.browser import MISSING, chromium, open_page, resize, screenshot
 from tests.places import RESULTS
 
 STEP = 3
@@ -32,7 +32,7 @@ def main(run: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         resize(browser, WIDTH, HEIGHT)
         for name, target in targets.items():
-            browser.get(server.url + target)
+            open_page(browser, server.url + target)
             screenshot(browser, RESULTS / name)
         server.shutdown()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from align.learner.meeting import host, join
 from align.model.policy import Policy
-from align.model.ranks import Ranks, host, join
+from align.model.ranks import Ranks
 from tests.fakes.batches import batch_of
 from tests.fakes.models import character_tokenizer, random_qwen3
 from tests.fakes.rank_learners import PLAIN, new_learner, step, weights

@@ -1,14 +1,12 @@
 """Measures a real vLLM engine that is given adapters alone, as `engine_probe.py` does one that is given weights.
 
-Prints what it found as one line of JSON; `test_adapter_engine.py` judges it. Arguments: a model folder; or several, of which the
-agreement alone is measured.
+Arguments: a model folder; or several, of which the agreement alone is measured.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,16 @@ import numpy as np
 import torch
 
 from align.model.adapters import AdapterConfig
-from tests.integration.engine_probe import Weights, agreement, damaged_bytes, in_flight, prefix_cache, prompts
+from tests.harness.probes import one_by_one
+from tests.integration.engine_probe import (
+    Weights,
+    agreement,
+    damaged_bytes,
+    in_flight,
+    prefix_cache,
+    prompts,
+    settings_of,
+)
 
 CONFIG = AdapterConfig(rank=3, alpha=4.0, rslora=True, publish="adapter")
 
@@ -65,10 +72,9 @@ async def probe(model_dir: Path) -> dict[str, Any]:
 
 
 def new_engine(model_dir: Path) -> Any:
-    from cluster.actors.engine.engine import Engine, EngineSettings
+    from cluster.actors.engine.engine import Engine
 
-    room = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_bytes": 64 << 20}
-    return Engine(EngineSettings(model_dir, "float32", seed=7, adapter=CONFIG, **room))
+    return Engine(settings_of(model_dir, adapter=CONFIG))
 
 
 def model_bytes(weights: Weights) -> int:
@@ -133,26 +139,11 @@ async def of_family(model_dir: Path) -> dict[str, Any]:
         engine.shutdown()
 
 
-async def families(folders: list[Path]) -> dict[str, Any]:
-    """One engine after the other; an error stands in place of the figures."""
-    found = {}
-    for folder in folders:
-        try:
-            found[folder.name] = await of_family(folder)
-        except Exception as error:
-            found[folder.name] = {"error": f"{type(error).__name__}: {error}"}
-    return found
+async def main(folders: list[str]) -> dict[str, Any]:
+    if len(folders) == 1:
+        return await probe(Path(folders[0]))
+    return await one_by_one(folders, lambda folder: of_family(Path(folder)))
 
 
 if __name__ == "__main__":
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TORCHDYNAMO_DISABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    first, *others = map(Path, sys.argv[1:])
-    print(json.dumps(asyncio.run(families([first, *others]) if others else probe(first))))
+    print(json.dumps(asyncio.run(main(sys.argv[1:]))))

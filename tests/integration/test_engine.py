@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fakes.models import write_small_model
-
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `engine_probe.py` measured on a small random model with a tied head."""
-    folder = write_small_model(tmp_path_factory.mktemp("model"))
-    command = [sys.executable, str(Path(__file__).with_name("engine_probe.py")), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+@pytest.fixture
+def found(weights_engine: dict[str, Any]) -> dict[str, Any]:
+    return weights_engine
 
 
-def test_engine_and_learner_agree_at_equal_version(found: dict[str, Any]) -> None:
-    print(f"|behaviour - policy| mean {found['mismatch_mean']:.2e}, largest {found['mismatch_max']:.2e}")
-    assert 0 < found["mismatch_mean"] <= 1e-5
-    assert found["mismatch_max"] <= 1e-3
+@pytest.fixture(params=["weights_engine", "adapter_engine"])
+def each(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """An engine that is given weights, and one that is given adapters alone."""
+    measured: dict[str, Any] = request.getfixturevalue(request.param)
+    return measured
+
+
+def test_engine_and_learner_agree_at_equal_version(each: dict[str, Any]) -> None:
+    print(f"|behaviour - policy| mean {each['mismatch_mean']:.2e}, largest {each['mismatch_max']:.2e}")
+    assert 0 < each["mismatch_mean"] <= 1e-5
+    assert each["mismatch_max"] <= 1e-3
 
 
 def test_logprobs_are_those_of_the_truncated_distribution(found: dict[str, Any]) -> None:
@@ -54,22 +49,22 @@ def test_per_request_seeds_survive_more_prompt_tokens_than_one_step_takes(found:
     assert found["long_prompts_done"] == found["long_prompts"]
 
 
-def test_one_flipped_bit_is_refused_and_the_old_weights_go_on_serving(found: dict[str, Any]) -> None:
-    assert "arrived damaged" in found["damaged_refused"]
-    assert found["damaged_version"] == 0
-    assert found["damaged_still_serves"]
-    assert found["staged_files_left"] == []
+def test_one_flipped_bit_is_refused_and_the_old_weights_go_on_serving(each: dict[str, Any]) -> None:
+    assert "arrived damaged" in each["damaged_refused"]
+    assert each["damaged_version"] == 0
+    assert each["damaged_still_serves"]
+    assert each["staged_files_left"] == []
 
 
-def test_a_load_between_two_steps_leaves_running_requests_alive_and_labels_every_token(found: dict[str, Any]) -> None:
-    assert [0, 1] in found["in_flight_spans"], "no request ran across the load, the test shows nothing"
-    assert found["in_flight_max"] <= 1e-3
-    assert found["in_flight_version"] == 1
+def test_a_load_between_two_steps_leaves_running_requests_alive_and_labels_every_token(each: dict[str, Any]) -> None:
+    assert [0, 1] in each["in_flight_spans"], "no request ran across the load, the test shows nothing"
+    assert each["in_flight_max"] <= 1e-3
+    assert each["in_flight_version"] == 1
 
 
-def test_keys_and_values_of_old_weights_are_not_used_after_a_load(found: dict[str, Any]) -> None:
-    assert found["prefix_cleared"] <= 1e-3
-    assert found["prefix_kept"] > 0.1, "without clearing nothing went wrong, the test shows nothing"
+def test_keys_and_values_of_old_weights_are_not_used_after_a_load(each: dict[str, Any]) -> None:
+    assert each["prefix_cleared"] <= 1e-3
+    assert each["prefix_kept"] > 0.1, "without clearing nothing went wrong, the test shows nothing"
 
 
 def test_the_canary_sees_a_tied_head_that_stayed_behind(found: dict[str, Any]) -> None:

@@ -10,9 +10,6 @@ layers and sequences of 48 tokens (windows see 16), per sampled token:
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import pytest
 
 from align.demo.tiny import PAD_TOKEN
 from tests.fakes.families import FAMILIES, WINDOW, write
+from tests.harness.probes import Probe
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
@@ -27,7 +25,6 @@ FLOAT32_MAX = 1e-4
 BFLOAT16_MEAN = dict.fromkeys(FAMILIES, 0.05) | {"gemma2": 0.02, "gemma3": 0.02, "mixtral": 0.08, "olmoe": 0.08}
 """Mean difference in nats by family. Measured: Qwen3 0.016, Llama 0.021, Mistral 0.020, Gemma 2 0.007, Gemma 3 0.008, Qwen3-MoE
 0.023, Mixtral 0.034; single tokens up to 0.09, and up to 1.2 where rounding sends a token to another expert."""
-PROBE = Path(__file__).with_name("family_probe.py")
 Found = dict[str, dict[str, Any]]
 
 
@@ -42,25 +39,14 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_task: Path) -> Found:
     for name in FAMILIES:
         write(name, tokenizer, folder / name)
     probes = [
-        subprocess.Popen(
-            [sys.executable, PROBE, folder, *(f"{name}:{dtype}" for name in FAMILIES)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Probe("tests.integration.family_probe", folder, *(f"{name}:{dtype}" for name in FAMILIES))
         for dtype in ("float32", "bfloat16")
     ]
-    result: Found = {}
     try:
-        for probe in probes:
-            console, errors = probe.communicate(timeout=900)
-            assert probe.returncode == 0, errors[-4000:]
-            rows = [json.loads(line) for line in console.splitlines() if line.startswith("{")]
-            result |= {row["case"]: row for row in rows}
+        return {case: row for probe in probes for case, row in probe.answer(timeout_s=900).items()}
     finally:
         for probe in probes:
-            probe.kill()
-    return result
+            probe.end()
 
 
 def measured(found: Found, name: str, dtype: str) -> dict[str, Any]:

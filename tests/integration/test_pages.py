@@ -17,7 +17,7 @@ from cluster.views.web.colours import LEVELS
 from cluster.views.web.server import Server
 from tests.fakes import web_runs
 from tests.fakes.web_runs import HOSTILE, PIECES
-from tests.harness.browser import MISSING, chromium, overflow, resize
+from tests.harness.browser import MISSING, chromium, clipped_fields, open_page, overflow, resize
 
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
@@ -77,8 +77,16 @@ def test_data_that_attacks_is_shown_and_does_nothing(browser: Chrome, served: Se
 @pytest.mark.parametrize("target", PAGES)
 def test_no_page_is_wider_than_the_window(browser: Chrome, served: Server, target: str, width: int) -> None:
     resize(browser, width, 900)
-    browser.get(served.url + target)
+    open_page(browser, served.url + target)
     assert overflow(browser) == 0
+    assert clipped_fields(browser) == []
+
+
+def test_a_text_that_is_wider_than_its_field_is_found(browser: Chrome) -> None:
+    browser.get(
+        "data:text/html," + quote("<input style='width: 2rem' placeholder='from here on'><button>Show</button>")
+    )
+    assert clipped_fields(browser) == ["from here on"], "so the last test can fail"
 
 
 def test_a_reader_goes_from_the_steps_to_a_token_and_colours_it(browser: Chrome, served: Server) -> None:

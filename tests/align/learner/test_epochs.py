@@ -16,7 +16,8 @@ from torch import Tensor
 
 from align.algorithm import corrections
 from align.data.batching import Batch, micro_batches
-from align.data.packing import pack
+from align.data.sampling import Sampling
+from align.data.token_budget import TokenBudget
 from align.learner.epochs import minibatches, old_logprobs
 from align.model.policy import Policy
 from tests.fakes.batches import bandit_batch, group_batch, poisoned, ragged_batch
@@ -182,10 +183,10 @@ def test_with_one_step_decoupled_ppo_is_reinforce_with_the_same_weights(new_poli
 def test_old_logprobs_are_those_before_the_first_step_whatever_the_micro_batches(new_policy: Any) -> None:
     policy, batch = new_policy(), ragged_batch()
     with torch.no_grad():
-        expected = policy.token_logprobs(batch.token_ids, temperature=0.7).logprobs
+        expected = policy.token_logprobs(batch.token_ids, sampling=Sampling(0.7)).logprobs
     for max_tokens in (10_000, 24, 1):
-        for cut, packed in ((micro_batches, False), (pack, policy.trunk.packs)):
-            actual = old_logprobs(policy, batch, partial(cut, max_tokens=max_tokens), packed, temperature=0.7)
+        for packs in (False, policy.trunk.packs):
+            actual = old_logprobs(policy, batch, TokenBudget(max_tokens, packs), Sampling(0.7))
             torch.testing.assert_close(actual, expected.where(batch.loss_mask, 0.0))
             assert not actual.requires_grad
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +23,13 @@ from tests.fakes.run_files import config, write
 
 
 @pytest.fixture(autouse=True)
-def on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def on_its_own() -> Iterator[None]:
+    """No cluster is named; what a command adds to the environment goes with its test."""
+    before = dict(os.environ)
+    os.environ.pop("RAY_ADDRESS", None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -92,15 +95,16 @@ def test_the_short_examination_before_a_run_has_the_same_verdicts_and_asks_nobod
     require(short, pytest.fail)
 
 
-def test_a_run_does_not_start_on_a_machine_that_fails(cfg: RunConfig, tmp_path: Path) -> None:
+def test_a_run_does_not_start_on_a_machine_that_fails(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run.toml"
     path.write_text(tomli_w.dumps(resolved(cfg)), encoding="utf-8")
-    command = [sys.executable, "-m", "cluster.cli", "train", str(path)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY")} | {"GLOO_SOCKET_IFNAME": "nowhere0"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "[RESOURCES] interface: GLOO_SOCKET_IFNAME=nowhere0 names no interface that is up" in done.stdout
-    assert "-> unset GLOO_SOCKET_IFNAME" in done.stdout
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    done = CliRunner().invoke(app, ["train", str(path)])
+    assert done.exit_code == 3, done.output
+    assert "[RESOURCES] interface: GLOO_SOCKET_IFNAME=nowhere0 names no interface that is up" in done.output
+    assert "-> unset GLOO_SOCKET_IFNAME" in done.output
     assert not (tmp_path / "run").exists(), "nothing was started"
 
 

@@ -25,6 +25,7 @@ from tests.fakes.loop import (
     largest_staleness,
     make_run,
     run_and_act,
+    saved,
     trained,
 )
 
@@ -282,13 +283,8 @@ def test_a_run_with_filter_that_is_stopped_anywhere_and_resumed_trains_every_pro
         again = World(dice=random.Random(turns + 1), outcomes=outcomes)
         resumed = make_run(
             again,
-            version=last,
-            cursor=run.prompts.cursor,
-            leased=sorted({*run.prompts.returned, *run.ledger.in_flight}),
-            num_trained=run.ledger.num_trained,
-            num_filtered=run.ledger.num_filtered,
             filtering=cfg,
-            filter_state=json.loads(json.dumps(run.filter.state())),
+            **saved(run, last),
             **shape,
         )
         assert complete(run_loop(resumed)) == steps

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +16,8 @@ from cluster.faults import ActorLost
 from cluster.loop.filtering import FilterConfig
 from cluster.loop.goodput import FATES, Goodput, shares
 from cluster.loop.loop import Run, run_loop
-from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.fakes.loop import FakeActor, World, complete, make_run, run_and_act, trained
+from cluster.loop.quarantine import Failure, QuarantineConfig
+from tests.fakes.loop import FakeActor, World, complete, make_run, run_and_act, saved, trained
 
 STEPS, GROUPS = 5, 2
 
@@ -145,8 +143,9 @@ def eventful_world(seed: int) -> World:
 
 def eventful_run(world: World, **more: Any) -> Run:
     filtering = FilterConfig(drop_without_signal=True, max_dropped_batches=50)
-    quarantine = Quarantine(QuarantineConfig(max_fraction=0.99), Path(os.devnull))
-    more = {"num_actors": 2, "restarts": 9, "filtering": filtering, "quarantine": quarantine, "group_size": 3, **more}
+    quarantining = QuarantineConfig(max_fraction=0.99)
+    more = {"filtering": filtering, "quarantining": quarantining, "group_size": 3, **more}
+    more = {"num_actors": 2, "restarts": 9, **more}
     return make_run(world, steps=STEPS, groups_per_step=GROUPS, **more)
 
 
@@ -206,13 +205,8 @@ def test_shares_add_up_to_1_over_a_stop_and_a_resume(seed: int, turns: int, max_
     resumed = eventful_run(
         again,
         max_staleness=max_staleness,
-        version=last,
-        cursor=run.prompts.cursor,
-        leased=sorted({*run.prompts.returned, *run.ledger.in_flight}),
-        num_trained=run.ledger.num_trained,
-        num_filtered=run.ledger.num_filtered,
-        filter_state=run.filter.state(),
         goodput=first,
+        **saved(run, last),
     )
     assert complete(run_loop(resumed)) == STEPS
     for row in resumed.observer.metrics:  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import torch
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import collate
+from align.data.sampling import PLAIN
 from align.data.types import Prompt, ScoredGroup, Ticket
 from align.learner.learner import LearnerConfig
 from align.learner.optimizer import OptimizerConfig
@@ -23,7 +24,7 @@ from cluster.actors.learner import LearnerActor
 from cluster.faults import ActorLost, RewardError
 from cluster.loop.loop import run_loop
 from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.fakes.loop import FakeActor, World, complete, flat, make_run, run_and_act, trained
+from tests.fakes.loop import FakeActor, World, complete, flat, make_run, run_and_act, saved, trained
 from tests.fakes.trajectories import make_scored, make_trajectory
 
 
@@ -210,7 +211,7 @@ def test_an_update_is_bitwise_that_of_the_groups_without_the_failures(
             compute_dtype="float32",
             wire_dtype="float32",
             num_steps=3,
-            temperature=1.0,
+            sampling=PLAIN,
             judge=None,
             reward=ReferenceRewardConfig(),
             trajectories=tmp_path,
@@ -233,13 +234,16 @@ def test_a_group_whose_reward_failed_nowhere_is_itself() -> None:
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
+LENIENT = QuarantineConfig(max_fraction=0.99)
+
+
 def failing(group_size: int, *numbers: int) -> Any:
     return lambda one: failures(one.number, group_size) if one.number in numbers else ()
 
 
 def test_a_dropped_group_is_replaced_by_the_next_prompt_and_counted(tmp_path: Path) -> None:
     world = World(failures=failing(2, 0, 3))
-    run = make_run(world, steps=3, quarantine=quarantine(tmp_path, max_fraction=0.99))
+    run = make_run(world, steps=3, quarantining=LENIENT)
     assert complete(run_loop(run)) == 3
     assert trained(world) == [[1, 2], [4, 5], [6, 7]]
     last = run.observer.metrics[-1]  # type: ignore[attr-defined]
@@ -249,7 +253,7 @@ def test_a_dropped_group_is_replaced_by_the_next_prompt_and_counted(tmp_path: Pa
 
 def test_a_group_with_enough_trajectories_left_is_trained_and_judged_by_their_outcomes(tmp_path: Path) -> None:
     world = World(outcomes=lambda _: (0.0, 1.0, 1.0), failures=lambda one: failures(one.number, one.number == 1))
-    run = make_run(world, steps=1, group_size=3, quarantine=quarantine(tmp_path, max_fraction=0.99))
+    run = make_run(world, steps=1, group_size=3, quarantining=LENIENT)
     complete(run_loop(run))
     assert trained(world) == [[0, 1]]
     assert run.ledger.goodput.counts["quarantined"] == 3
@@ -257,7 +261,7 @@ def test_a_group_with_enough_trajectories_left_is_trained_and_judged_by_their_ou
 
 def test_a_reward_that_always_fails_ends_the_run(tmp_path: Path) -> None:
     world = World(failures=lambda one: failures(one.number, 2))
-    run = make_run(world, steps=9, quarantine=quarantine(tmp_path))
+    run = make_run(world, steps=9, quarantining=QuarantineConfig())
     with pytest.raises(RewardError, match=r"12 of the last 12 .*max_fraction 0\.05 of 200"):
         complete(run_loop(run))
     assert not trained(world)
@@ -269,25 +273,20 @@ def test_a_run_with_failures_that_is_stopped_anywhere_and_resumed_trains_every_p
 ) -> None:
     bad = failing(2, 1, 4, 5, 9)
     straight = World(failures=bad)
-    complete(run_loop(make_run(straight, steps=4, quarantine=quarantine(tmp_path, max_fraction=0.99))))
+    complete(run_loop(make_run(straight, steps=4, quarantining=LENIENT)))
     ends = set()
     for turns in range(0, 160, 3):
         world, again = (World(dice=random.Random(turns + seed), failures=bad) for seed in (0, 1))
         if turns % 2:
             world.hooks["rollout"] = lose_first
         more: dict[str, Any] = {"steps": 4, "max_staleness": max_staleness, "num_actors": 2}
-        run = make_run(world, quarantine=quarantine(tmp_path, max_fraction=0.99), **more)
+        run = make_run(world, quarantining=LENIENT, **more)
         last = run_and_act(world, run, turns, lambda _, run=run: run.stop.set())  # type: ignore[misc]
         ends.add(last)
         resumed = make_run(
             again,
-            version=last or 0,
-            cursor=run.prompts.cursor,
-            leased=sorted({*run.prompts.returned, *run.ledger.in_flight}),
-            num_trained=run.ledger.num_trained,
-            quarantine=Quarantine(
-                run.quarantine.cfg, tmp_path / "again.jsonl", run.quarantine.state(run.ledger.in_flight)
-            ),
+            quarantining=LENIENT,
+            **saved(run, last or 0),
             **more,
         )
         assert complete(run_loop(resumed)) == 4

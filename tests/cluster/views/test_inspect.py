@@ -1,9 +1,8 @@
-"""`align inspect` and `align status`, on folders written as a run writes them."""
+"""`align inspect`, on folders written as a run writes them."""
 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,15 @@ from cluster.record import transcripts
 from cluster.record.folder import RunFolder
 from cluster.record.transcripts import Trajectories
 from cluster.spec.config import resolved
-from cluster.views.inspect import view
+from cluster.views.inspect import token_view, view
 from cluster.views.selection import Selection, ends
-from cluster.views.status import status
 from tests.fakes.models import character_tokenizer
 from tests.fakes.run_files import config
 from tests.fakes.trajectories import make_scored, make_trajectory
 
 
-def shown(renderable: RenderableType) -> str:
-    console = Console(width=160, file=io.StringIO())
+def shown(renderable: RenderableType, width: int = 160) -> str:
+    console = Console(width=width, file=io.StringIO())
     console.print(renderable)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
@@ -51,10 +49,10 @@ def run(tmp_path: Path, model_folder: Path) -> Path:
     return folder
 
 
-def look(run: Path, step: int | None = None, **more: object) -> str:
+def look(run: Path, step: int | None = None, width: int = 160, **more: object) -> str:
     options = {"ticket": None, "repeat": None, "order": None, "limit": 20} | more
     wanted = {name: options.pop(name) for name in list(options) if name in Selection.__slots__}
-    return shown(view(run, Selection(step, step, **wanted), **options))  # type: ignore[arg-type]
+    return shown(view(run, Selection(step, step, **wanted), **options), width)  # type: ignore[arg-type]
 
 
 def test_the_overview_has_a_line_per_step_with_its_extremes(run: Path) -> None:
@@ -146,31 +144,70 @@ def test_what_is_not_there_is_said(run: Path, step: int | None, more: dict[str, 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no trajectories"):
         look(tmp_path)
-    with pytest.raises(ConfigError, match="holds no run"):
-        status(tmp_path)
 
 
-def test_status_tells_a_run_under_way_from_one_that_was_killed_and_one_that_ended(run: Path) -> None:
-    rows = [{"step": k, "time/step_s": 2.0, "time/update_s": 0.5, "reward/trajectory_mean": -k} for k in (1, 2)]
-    rows[1]["eval/heldout/kl_per_token"] = 0.125
-    rows[1] |= {"goodput/sampled_tokens": 8, "goodput/trained_tokens": 7, "goodput/filtered_tokens": 1}
-    rows[1]["idle/learner_fraction"] = 0.5
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "ended without a word" in shown(status(run))
-    with RunFolder(run, resolved(config_of(run))).lock():
-        text = shown(status(run))
-    assert ": running" in text
-    assert "2 of 3; 2.0 s each, 2 s left" in text
-    assert "update 25%" in text
-    assert "trained 87.5%, filtered 12.5%" in text
-    assert "learner 25.0%" in text, "of the two steps"
-    assert "-1.5 (mean of 2 steps)" in text
-    assert "heldout/kl_per_token 0.125" in text
-    (run / "summary.json").write_text(json.dumps({"status": "failed", "error": "[RUN] no luck"}))
-    assert "failed: [RUN] no luck" in shown(status(run))
+# --- narrow consoles ----------------------------------------------------------------------------------------------
+
+NARROW = [40, 60, 80]
+MARKUP = "/data/[red]runs[/red]/:x:/" + "long" * 45
+"""A path that rich would take for markup and an emoji, if it was asked to."""
 
 
-def config_of(run: Path):  # type: ignore[no-untyped-def]
-    from cluster.spec.config import load_config
+@pytest.fixture
+def wide_run(tmp_path: Path, model_folder: Path) -> Path:
+    """A run with a long path and large numbers: steps of five digits, tickets of seven, groups of 16."""
+    folder = tmp_path / MARKUP.removeprefix("/")
+    RunFolder(folder, resolved(config(policy={"model": str(model_folder)}, run={"steps": 20_000})))
+    groups = [scored(1234567, [[-12345.678 - 1000 * k] for k in range(16)], version=12000)]
+    transcripts.write(folder / "trajectories" / "step_12345.parquet", groups, character_tokenizer(), 12345)
+    return folder
 
-    return load_config(run / "config.toml")
+
+def words(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_a_narrow_console_shows_the_whole_path_and_every_figure_of_a_step(wide_run: Path, width: int) -> None:
+    text = look(wide_run, width=width)
+    assert f"{wide_run}: 1 steps".replace(" ", "") in "".join(text.split())
+    assert {"12345", "16", "-1.985e+04", "-2.735e+04", "-1.235e+04", "1.0", "100%", "344"} <= set(words(text))
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("width", NARROW)
+@pytest.mark.parametrize("order", [None, "pull"])
+def test_a_narrow_console_shows_every_figure_of_a_trajectory_in_a_list(
+    wide_run: Path, width: int, order: str | None
+) -> None:
+    text = look(wide_run, 12345, width=width, order=order)
+    figures = {"1234567", "15", "-2.735e+04"} | ({"stop", "344"} if order is None else {"10.0%"} - {"10.0%"})
+    assert figures <= set(words(text))
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_a_group_that_is_too_large_for_the_console_stands_below_each_other(wide_run: Path, width: int) -> None:
+    text = look(wide_run, 12345, width=width, ticket=1234567)
+    for repeat in range(16):
+        assert f"repeat {repeat} " in text
+    assert "-2.735e+04" in text and "(-7500)" in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_a_narrow_console_shows_every_number_of_a_token(wide_run: Path, width: int) -> None:
+    text = look(wide_run, 12345, width=width, ticket=1234567, repeat=15)
+    assert {"-1.500", "-27345.678", "12000"} <= set(words(text))
+    assert "…" not in text
+
+
+def test_a_token_that_looks_like_markup_is_shown_as_it_is() -> None:
+    class Brackets:
+        def decode(self, token_ids: list[int]) -> str:
+            return ["[red]", "[/b]", ":x:"][token_ids[0]]
+
+    rows = {"token_ids": [0, 1, 2], "rewards": [0.0] * 3, "behavior_logprobs": [0.0] * 3, "versions": [0] * 3}
+    text = shown(token_view(rows | {"prompt": "[i]", "ref_logprobs": None}, Brackets(), None))
+    assert all(repr(token) in text for token in ("[red]", "[/b]", ":x:"))
+    assert "[i][red][/b]:x:" in text

@@ -1,8 +1,7 @@
-"""Drives the learner's side of NCCL and IPC with fakes and prints what happened as one line of JSON, for `test_sender.py`.
+"""Drives the learner's side of NCCL and IPC with fakes, for `test_sender.py`.
 
-It runs in a process of its own, since vLLM changes torch in the process that it is imported into. vLLM's own trainer classes
-(0.32) run as they are; what needs a GPU is replaced by fakes: the NCCL group, CUDA streams, CUDA handles. vLLM 0.26 is
-imitated by classes with its signatures, since only one vLLM can be installed.
+vLLM's own trainer classes (0.32) run as they are; what needs a GPU is replaced by fakes: the NCCL group, CUDA streams, CUDA
+handles. vLLM 0.26 is imitated by classes with its signatures, since only one vLLM can be installed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import base64
 import concurrent.futures
 import json
 import pickle
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -401,6 +399,5 @@ def engines_on_gpus() -> list[str | None]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[4]))
     parts = [nccl_032, failures_032, ipc_032, nccl_026, ipc_026, engines_on_gpus]
     print(json.dumps({part.__name__: part() for part in parts}))

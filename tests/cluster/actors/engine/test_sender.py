@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +11,7 @@ import torch
 from align.model.policy import Policy
 from cluster.actors.weights import Link, WeightsConfig, WireWeights, export_weights, fingerprint, inspect
 from cluster.faults import TrainingDiverged
+from tests.harness.probes import Probe
 
 UPDATE = ["begin_update", "start_weight_update", "update_weights", "finish_weight_update"]
 
@@ -23,12 +19,7 @@ UPDATE = ["begin_update", "start_weight_update", "update_weights", "finish_weigh
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What the probe saw."""
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sender_probe.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | quiet)
-    assert done.returncode == 0, done.stderr[-4000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return Probe("tests.cluster.actors.engine.sender_probe").answer(timeout_s=300)
 
 
 @pytest.mark.integration
