@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from align.data.types import Ticket
 from cluster.faults import ActorLost, RestartBudgetSpent, StalenessViolation
+from cluster.loop.fate import Fate
 from cluster.loop.loop import Run, first_error, run_loop
 from tests.fakes.loop import (
     GROUP_SIZE,
@@ -24,6 +25,7 @@ from tests.fakes.loop import (
     largest_staleness,
     make_run,
     run_and_act,
+    saved,
     trained,
 )
 
@@ -77,10 +79,10 @@ def test_no_slot_is_free_before_the_version_is_published(max_staleness: int) -> 
         assert len(world.events("update")) == 1
         assert len(world.events("rollout")) == slots, "all slots are used, and no more"
         assert run.buffer.num_free == 0, "the taken groups keep their slots while their version is on its way"
-        assert run.ledger.num_trained == 0
+        assert run.ledger.num[Fate.TRAINED] == 0
         gate.set()
         assert await loop == 1
-        assert run.ledger.num_trained == 2
+        assert run.ledger.num[Fate.TRAINED] == 2
 
     complete(scenario())
 
@@ -250,7 +252,7 @@ def test_after_a_loss_the_actor_is_replaced_and_every_prompt_is_trained_once(
     assert len(world.events("replace")) == 1
     numbers = sorted(flat(trained(world)))
     assert numbers == list(range(10))
-    assert run.ledger.num_returned >= 1
+    assert run.ledger.num[Fate.RETURNED] >= 1
     assert_adds_up(run)
 
 
@@ -278,7 +280,7 @@ def test_a_loss_cancels_the_slots_of_the_lost_actor_and_leaves_those_of_others()
         loop = asyncio.ensure_future(run_loop(run))
         await settle()
         assert run.buffer.num_free == 2, "of four slots two are free again"
-        assert len(run.ledger.in_flight) == len(run.prompts.returned) == run.ledger.num_returned == 2
+        assert len(run.ledger.in_flight) == len(run.prompts.returned) == run.ledger.num[Fate.RETURNED] == 2
         del world.hooks["rollout"]
         gate.set()
         assert await loop == 1
@@ -389,10 +391,7 @@ def test_a_run_that_is_stopped_anywhere_and_resumed_trains_every_prompt_once(max
             max_staleness=max_staleness,
             num_actors=2,
             max_groups=2,
-            version=last,
-            cursor=run.prompts.cursor,
-            leased=leased,
-            num_trained=run.ledger.num_trained,
+            **saved(run, last),
         )
         assert complete(run_loop(resumed)) == steps
         assert [event[1] for event in world_2.events("update")] == list(range(last + 1, steps + 1))
@@ -401,7 +400,7 @@ def test_a_run_that_is_stopped_anywhere_and_resumed_trains_every_prompt_once(max
             assert starts[: len(leased)] == leased, "leased tickets go out first"
         numbers = flat(trained(world) + trained(world_2))
         assert len(numbers) == len(set(numbers)) == steps * groups
-        assert resumed.ledger.num_trained == steps * groups
+        assert resumed.ledger.num[Fate.TRAINED] == steps * groups
         fates = [*numbers, *resumed.prompts.returned, *resumed.ledger.in_flight]
         assert sorted(fates) == list(range(resumed.prompts.cursor)), "no ticket is lost between the two runs"
         if max_staleness == 0:
@@ -429,7 +428,7 @@ def test_a_run_that_is_cancelled_anywhere_leaves_no_task_and_loses_no_prompt() -
 def assert_adds_up_after_cancel(run: Run, world: World) -> None:
     """As `assert_adds_up`; the batch of an update that was cut short is still in flight."""
     run.ledger.metrics()
-    done = run.ledger.num_trained // run.buffer.groups_per_step
+    done = run.ledger.num[Fate.TRAINED] // run.buffer.groups_per_step
     fates = [*flat(trained(world)[:done]), *run.prompts.returned, *run.ledger.in_flight]
     assert sorted(fates) == list(range(run.prompts.cursor))
 
