@@ -18,11 +18,8 @@ class Goodput:
     begun when it died, nobody knows. Evaluations are apart: their tokens are for no update. The record of a run that is
     resumed is its metrics.jsonl, so what was sampled after the last line there is on no record either.
 
-    Args:
-        counts: Tokens by fate so far; see `resumed`.
-
     Attributes:
-        counts: Tokens by fate so far.
+        counts: Tokens by fate so far; at first those that are given, see `resumed`.
     """
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:

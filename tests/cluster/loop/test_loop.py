@@ -13,11 +13,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from align.data.types import Ticket
-from cluster.faults import ActorLost, RestartBudgetSpent, StalenessViolation
+from cluster.faults import ActorLost, RestartBudgetSpent
 from cluster.loop.fate import Fate
 from cluster.loop.loop import Run, first_error, run_loop
 from tests.fakes.loop import (
-    GROUP_SIZE,
     FakeActor,
     World,
     complete,
@@ -100,19 +99,6 @@ def test_rollouts_of_the_next_step_start_once_the_version_is_published(max_stale
     assert num_started >= 5 * 2
 
 
-def test_what_a_step_logs() -> None:
-    run = make_run(World(), steps=2, groups_per_step=2)
-    complete(run_loop(run))
-    first, second = run.observer.metrics  # type: ignore[attr-defined]
-    assert first["tokens/generated"] == 10 + 11
-    assert first["tokens/trained"] == 10 + 11
-    assert first["trajectory/completion_tokens_mean"] == (10 + 11) / (2 * GROUP_SIZE)
-    assert first["trajectory/stopped_fraction"] == 2 / (2 * GROUP_SIZE)
-    assert (first["staleness/mean"], first["staleness/max"]) == (0, 0)
-    assert (first["weights/version"], second["weights/version"]) == (1, 2)
-    assert (first["ledger/trained"], second["ledger/trained"], second["ledger/returned"]) == (2, 4, 0)
-
-
 def test_a_step_takes_from_the_last_publish_to_this_one_whatever_lay_in_between() -> None:
     """The evaluation after step 1, while the actors already sample for step 2, is a part of step 2."""
     pause_s = 0.05
@@ -135,14 +121,7 @@ def test_a_step_takes_from_the_last_publish_to_this_one_whatever_lay_in_between(
         assert row["throughput/generated_tokens_per_s"] == pytest.approx(expected, rel=1e-6)
 
 
-# --- staleness ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_staleness", [0, 1, 3])
-def test_fast_actors_reach_the_staleness_limit_and_no_more(max_staleness: int) -> None:
-    world = World(pace={"rollout": 0, "score": 0, "update": 30, "publish": 30})
-    complete(run_loop(make_run(world, steps=8, max_staleness=max_staleness, max_groups=100)))
-    assert largest_staleness(world) == max_staleness
+# --- any order ---------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=80, deadline=None, phases=[Phase.generate])  # shrinking runs that hang would take minutes
@@ -184,24 +163,6 @@ def test_no_interleaving_and_no_loss_exceeds_the_limit_or_trains_a_prompt_twice(
     if max_staleness == 0:
         in_order = [list(range(k * groups_per_step, (k + 1) * groups_per_step)) for k in range(6)]
         assert trained(world) == in_order, "on-policy batches are the same whatever the order of completion"
-
-
-@pytest.mark.parametrize("max_staleness", [1, 3])
-def test_the_bound_is_tight_one_more_slot_would_break_it(max_staleness: int) -> None:
-    world = World(pace={"rollout": 0, "score": 0, "update": 30, "publish": 30})
-    run = make_run(world, steps=8, groups_per_step=2, max_staleness=max_staleness, max_groups=100)
-    run.buffer.num_slots += 1
-    with pytest.raises(StalenessViolation):
-        complete(run_loop(run))
-
-
-@pytest.mark.parametrize(("reported", "staleness"), [(-1, 2), (2, -1)])
-def test_a_group_outside_the_limit_ends_the_run_before_it_is_trained(reported: int, staleness: int) -> None:
-    world = World(reported={2: reported})
-    run = make_run(world, max_staleness=1)
-    with pytest.raises(StalenessViolation, match=rf"met learner version 1: staleness {staleness}, the limit is 1"):
-        complete(run_loop(run))
-    assert trained(world) == [[0, 1]]
 
 
 # --- on-policy batches -------------------------------------------------------------------------------------------
