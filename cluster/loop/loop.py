@@ -16,6 +16,7 @@ from align.metrics import Metric
 from cluster.faults import ActorLost
 from cluster.loop.batch import check_staleness, learned_tokens, summarize
 from cluster.loop.buffer import Buffer
+from cluster.loop.fate import Fate
 from cluster.loop.filtering import Filter
 from cluster.loop.ledger import Ledger
 from cluster.loop.quarantine import Quarantine
@@ -98,26 +99,32 @@ async def roll_out(run: Run, actor: RolloutActor) -> None:
     """
     slot = await run.buffer.reserve()
     ticket = run.prompts.next()
-    run.ledger.admit(ticket.number)
+    run.ledger.admit(ticket)
     try:
         rollout = await actor.rollout(ticket)
         run.ledger.sample(ticket.number, rollout.num_tokens)
         rollout = await run.scorer.score(rollout)
     except BaseException:
         run.prompts.give_back([ticket])
-        run.ledger.give_back(ticket.number)
+        run.ledger.settle(ticket.number, Fate.RETURNED)
         run.buffer.cancel(slot)
         raise
-    run.ledger.quarantine_part(ticket.number, sum(failure.num_tokens for failure in rollout.failures))
-    if run.quarantine.drops(ticket, rollout.failures):
-        run.ledger.quarantine(ticket.number)
-        run.buffer.cancel(slot)
-    elif run.filter.drops(ticket, rollout.outcomes):
-        run.ledger.filter(ticket.number)
+    if dropped := judge(run, rollout):
+        run.ledger.settle(ticket.number, dropped)
         run.buffer.cancel(slot)
     else:
         run.buffer.fill(slot, rollout)
     run.observer.after_group(rollout)
+
+
+def judge(run: Run, rollout: Rollout) -> Fate | None:
+    """The fate of a scored group that is dropped; None for one that is to be trained."""
+    entries = run.ledger.judge(rollout, run.filter.pass_rate(rollout.outcomes))
+    if run.quarantine.drops(rollout.ticket, rollout.failures, entries):
+        return Fate.QUARANTINED
+    if run.filter.drops(rollout.outcomes, entries):
+        return Fate.FILTERED
+    return None
 
 
 async def train_loop(run: Run) -> int:
@@ -142,9 +149,8 @@ async def train_loop(run: Run) -> int:
         run.buffer.release()
         if step == run.last_step:
             run.buffer.close()
-        run.ledger.train((r.ticket.number for r in rollouts), *learned_tokens(update))
-        metrics += run.scorer.end_step() + run.quarantine.end_step(run.ledger.in_flight)
-        metrics += run.filter.end_step((r.ticket, r.outcomes) for r in rollouts)
+        settled = run.ledger.end_step((r.ticket.number for r in rollouts), *learned_tokens(update))
+        metrics += run.scorer.end_step() + run.quarantine.end_step(settled) + run.filter.end_step(settled)
         published = time.perf_counter()
         metrics += summarize(rollouts, published - began) + run.ledger.metrics()
         metrics += [

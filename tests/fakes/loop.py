@@ -17,6 +17,7 @@ from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
 from cluster.faults import RestartBudgetSpent
 from cluster.loop.buffer import Buffer
+from cluster.loop.fate import Fate, settled_before
 from cluster.loop.filtering import Filter, FilterConfig
 from cluster.loop.goodput import Goodput
 from cluster.loop.ledger import Ledger
@@ -221,6 +222,7 @@ def make_run(
     filter_ = Filter(filtering or FilterConfig(), groups_per_step, 7, state=filter_state)
     prompts = LoggedPrompts(PROMPTS, group_size, 7, cursor, deque(leased), filter_.visits)
     prompts.world = world
+    settled = settled_before(quarantine_state or {}, filter_state or {})
     return Run(
         prompts=prompts,
         buffer=buffer,
@@ -231,7 +233,7 @@ def make_run(
         learner=FakeLearner(world),
         reference=FakeReference(world, refresh_every),
         observer=FakeObserver(world),
-        ledger=Ledger(num_trained, num_filtered, num_quarantined, goodput),
+        ledger=Ledger(num_trained, num_filtered, num_quarantined, goodput, settled),
         max_staleness=max_staleness,
         first_step=version + 1,
         last_step=steps,
@@ -244,11 +246,11 @@ def saved(run: Run, version: int) -> dict[str, Any]:
         "version": version,
         "cursor": run.prompts.cursor,
         "leased": sorted([*run.prompts.returned, *run.ledger.in_flight]),
-        "num_trained": run.ledger.num_trained,
-        "num_filtered": run.ledger.num_filtered,
-        "num_quarantined": run.ledger.num_quarantined,
-        "quarantine_state": run.quarantine.state(run.ledger.in_flight),
-        "filter_state": run.filter.state(),
+        "num_trained": run.ledger.num[Fate.TRAINED],
+        "num_filtered": run.ledger.num[Fate.FILTERED],
+        "num_quarantined": run.ledger.num[Fate.QUARANTINED],
+        "quarantine_state": run.quarantine.state(run.ledger.settled),
+        "filter_state": run.filter.state(run.ledger.settled),
     }
     return dict(json.loads(json.dumps(state)))
 

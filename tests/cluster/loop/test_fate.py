@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from align.data.curriculum import CurriculumConfig
 from align.data.types import Ticket
 from cluster.faults import ActorLost
+from cluster.loop.fate import Fate
 from cluster.loop.filtering import FilterConfig, has_signal
 from cluster.loop.loop import Run, run_loop
 from cluster.loop.quarantine import Failure, QuarantineConfig
@@ -202,7 +203,7 @@ def test_the_runs_above_see_every_fate_and_stop_with_every_kind_of_ticket(max_st
         last = run_and_act(run.fleet.world, run, 9 * seed, lambda _, run=run: run.stop.set())  # type: ignore[attr-defined, misc]
         state = saved(run, last or 0)
         seen += Counter(dropped=len(state["filter_state"]["dropped"]), leased=len(state["leased"]))
-        seen += Counter(decided=len(state["quarantine_state"]["decided"]), returned=run.ledger.num_returned)
+        seen += Counter(decided=len(state["quarantine_state"]["decided"]), returned=run.ledger.num[Fate.RETURNED])
         seen += Counter({name: state[f"num_{name}"] for name in ("trained", "filtered", "quarantined")})
     assert len(seen) == 7
     assert seen["decided"] > seen["dropped"], "quarantined ones among them"

@@ -31,15 +31,14 @@ def values(goodput: Goodput) -> dict[str, float]:
 
 def test_each_fate_has_its_tokens_and_together_they_are_all_that_was_sampled() -> None:
     goodput = Goodput()
-    for ticket, num_tokens in ((0, 100), (1, 30), (2, 20), (3, 7), (4, 50)):
-        goodput.sample(ticket, num_tokens)
-    goodput.settle(1, "filtered")
-    goodput.settle(2, "returned")
-    goodput.settle(0, "quarantined", 10)
-    goodput.settle(4, "quarantined", 20)
-    goodput.settle(4, "quarantined")
-    goodput.settle(9, "returned")  # lost before it was handed over
-    goodput.train([0], trained=60, masked=25)
+    for num_tokens in (100, 30, 20, 7, 50):
+        goodput.sample(num_tokens)
+    goodput.settle(30, "filtered")
+    goodput.settle(20, "returned")
+    goodput.settle(10, "quarantined")
+    goodput.settle(50, "quarantined")
+    goodput.settle(0, "returned")  # lost before it was handed over
+    goodput.train(90, trained=60, masked=25)
     expected = {
         "trained": 60,
         "masked": 25,
@@ -56,21 +55,20 @@ def test_each_fate_has_its_tokens_and_together_they_are_all_that_was_sampled() -
 
 def test_the_goodput_of_a_step_is_that_of_the_tokens_that_it_decided_on() -> None:
     goodput = Goodput()
-    for ticket in range(4):
-        goodput.sample(ticket, 10)
-    goodput.train([0], trained=10, masked=0)
-    goodput.settle(1, "filtered")
+    goodput.sample(40)
+    goodput.train(10, trained=10, masked=0)
+    goodput.settle(10, "filtered")
     assert values(goodput)["goodput/trained_fraction"] == 0.5
-    goodput.train([2], trained=9, masked=1)
+    goodput.train(10, trained=9, masked=1)
     assert values(goodput)["goodput/trained_fraction"] == 0.9
     assert values(goodput)["goodput/trained_fraction"] == 0, "nothing was decided"
 
 
 def test_an_update_that_claims_more_tokens_than_it_was_given_is_noticed() -> None:
     goodput = Goodput()
-    goodput.sample(0, 10)
+    goodput.sample(10)
     with pytest.raises(AssertionError, match="no more tokens than it was given"):
-        goodput.train([0], trained=11, masked=0)
+        goodput.train(10, trained=11, masked=0)
 
 
 def test_shares_are_those_of_a_row_and_none_without_tokens() -> None:
