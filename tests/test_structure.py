@@ -54,7 +54,7 @@ CLUSTER = {
     "loop": set[str](),
 }
 # Modules beside the rooms: the command reaches all, and all may reach what is on the ground.
-GROUND = {"align": {"metrics", "choices"}, "cluster": {"faults", "redaction"}}
+GROUND = {"align": {"metrics", "choices", "rules"}, "cluster": {"faults", "redaction"}}
 TOP = {"cluster.cli"}
 
 # The one place of each heavy package, and files elsewhere that cannot do without it.

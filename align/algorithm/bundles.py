@@ -117,3 +117,19 @@ BUNDLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
+
+BUNDLE_MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "reinforce": "REINFORCE with reward-to-go of token rewards, every part at its default",
+        "reinforce++": "REINFORCE++, advantages whitened over the batch, PPO's clip, KL in the reward",
+        "rloo": "REINFORCE leave-one-out on whole trajectories, KL in the reward",
+        "grpo": "group-relative outcomes over their standard deviation, PPO's clip, KL in the loss",
+        "dr_grpo": "Dr. GRPO, GRPO without the divisions that bias it, no KL",
+        "dapo": "GRPO with a wider upper clip, the mean over tokens, no loss on truncated trajectories, no KL",
+        "gspo": "GRPO where ratio and clip belong to the sequence, no KL",
+        "cispo": "group-relative outcomes, the importance weight is clipped and no token loses its gradient, no KL",
+        "ppo": "a learned critic, generalized advantage estimation, four clipped passes over each batch, KL in the reward",
+        "scalerl": "ScaleRL, CISPO with the mean over prompts and advantages scaled over the batch",
+        "on_policy_distillation": "the reference grades every token of the policy's own samples",
+    }
+)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from align.data.tasks import TaskSection, task_rows
+from align.choices import choices
+from align.data.tasks import GENERATORS, TaskSection, task_rows
 from align.data.types import Prompt, Ticket
 
 Row = Mapping[str, Any]
@@ -27,7 +28,7 @@ class PromptConfig(BaseModel):
 
     files: tuple[Path, ...] = Field((), description="JSONL, Parquet or CSV files, by their ending.")
     tasks: TaskSection | None = Field(
-        None, description="Or questions from a generator: 'sums', or 'reasoning_gym' (an extra) with a dataset's name."
+        None, description=choices("Or questions made on the spot; `generator` says which.", GENERATORS)
     )
     column: str = Field(
         "prompt", description="Column with the text, or with chat messages (a list of role and content)."

@@ -36,6 +36,11 @@ class GymConfig(Generated):
 
 TaskConfig = SumsConfig | GymConfig
 TaskSection = Annotated[TaskConfig, Field(discriminator="generator")]
+GENERATORS = {
+    "sums": "additions",
+    "reasoning_gym": "a task of the package reasoning-gym (the extra tasks), by the name of its `dataset`",
+}
+"""What each generator makes."""
 
 
 def task_rows(cfg: TaskConfig) -> Iterator[tuple[str, dict[str, Any]]]:

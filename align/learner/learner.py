@@ -30,6 +30,7 @@ from align.learner.shares import passes
 from align.metrics import Metric
 from align.model.head import MAX_LOGITS_BYTES
 from align.model.policy import Policy
+from align.rules import Rule
 
 
 class LearnerConfig(BaseModel):
@@ -62,6 +63,20 @@ class LearnerConfig(BaseModel):
         description="Processes that share the learner: each holds a shard of the weights and trains on its share.",
     )
     max_skipped_updates: int = Field(3, ge=1, description="Non-finite updates in a row that stop the run.")
+
+    def rules_in_a_run(self, fewest_trajectories: int) -> list[Rule]:
+        """What ranks ask of a run in which every step trains at least so many trajectories."""
+        return [
+            (
+                self.num_ranks > fewest_trajectories,
+                f"learner.num_ranks ({self.num_ranks}) is above the {fewest_trajectories} trajectories of a step "
+                "(two of a group where a verifier may fail on the others): some ranks would have nothing to train on",
+            ),
+            (
+                self.num_ranks > 1 and not (self.num_cpus or self.num_gpus),
+                "learner.num_ranks above 1 needs learner.num_cpus or num_gpus above 0, by which Ray places the ranks",
+            ),
+        ]
 
 
 class NonFiniteUpdates(RuntimeError):

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from align.choices import choices
 from align.learner.moments import Moments
 from align.model.ranks import like, named_shards, of_all, own_shard, whole
+from align.rules import Rule
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -33,18 +35,41 @@ class OptimizerConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit; inf for none.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="After warm-up, towards min_lr_ratio."
+        "constant",
+        description=choices(
+            "The learning rate after the warm-up.",
+            {
+                "constant": "stays at its peak",
+                "linear": "falls by the same amount each step, to min_lr_ratio of the peak",
+                "cosine": "falls along half a cosine, to min_lr_ratio of the peak",
+            },
+        ),
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the last step over the peak.")
     moments: Literal["float32", "8bit"] = Field(
         "float32",
-        description="How Adam's two moments are kept between steps; in 8 bits they take 2 bytes and a little instead of 8 per "
-        "number, rounded block by block (the extra optim8bit).",
+        description=choices(
+            "How Adam's two moments are kept between steps.",
+            {
+                "float32": "as they are, 8 bytes per trained number",
+                "8bit": "rounded block by block, 2 bytes and a little per trained number (the extra optim8bit)",
+            },
+        ),
     )
     offload: bool = Field(
         False,
         description="Keep the moments in host memory between steps, on a GPU: the same numbers, for two copies a step.",
     )
+
+    def rules_in_a_run(self, section: str, *, on_gpu: bool) -> list[Rule]:
+        """What this optimizer, of a section by this name, asks of the learner."""
+        return [
+            (
+                self.offload and not on_gpu,
+                f"{section}.offload = true needs learner.num_gpus = 1: of a learner on a CPU the moments are in host memory "
+                "anyway",
+            )
+        ]
 
 
 def lr_factor(step: int, num_steps: int, cfg: OptimizerConfig) -> float:

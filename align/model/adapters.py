@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from safetensors.torch import load_file
 from torch import Tensor
 
+from align.choices import choices
 from align.model.ranks import like, whole
 
 MAX_ENGINE_RANK = 512  # vLLM's
@@ -53,21 +54,36 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["lora", "dora"] = Field(
-        "lora", description="lora, or dora, which also trains the length of each row."
+        "lora",
+        description=choices(
+            "What is trained.",
+            {
+                "lora": "the low-rank update of each matrix",
+                "dora": "the same, and the length of each of its rows",
+            },
+        ),
     )
     rank: int = Field(16, ge=1, description="Of the update of a matrix.")
     alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="The update is scaled by alpha / rank.")
     rslora: bool = Field(False, description="Rank-stabilised: the update is scaled by alpha / sqrt(rank) instead.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear",
-        description="Ends of the names of the linear layers that are adapted, such as ['q_proj', 'v_proj']; all-linear: all but "
-        "the head. The experts of a mixture are no linear layers here and stay frozen.",
+        description=choices(
+            "Ends of the names of the linear layers that are adapted, such as ['q_proj', 'v_proj']. The experts of a mixture are "
+            "no linear layers here and stay frozen.",
+            {"all-linear": "all but the head"},
+        ),
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="0; see the error that another value gives.")
     publish: Literal["merged", "adapter"] = Field(
         "merged",
-        description="What engines get: merged weights, which cost them nothing; or the adapter alone, which is far less to send, "
-        "and slower to generate with.",
+        description=choices(
+            "What engines get.",
+            {
+                "merged": "merged weights, which cost them nothing",
+                "adapter": "the adapter alone, which is far less to send, and slower to generate with",
+            },
+        ),
     )
 
     @field_validator("dropout")

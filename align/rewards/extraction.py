@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from align.choices import choices
+
 # A sign counts unless something stands before it that it could be minus of: 3-7 ends in 7, "is -7" in -7.
 _NUMBER = re.compile(r"(?:(?<![\w)\].])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", re.ASCII)
 
@@ -19,7 +21,14 @@ class Extraction(BaseModel):
 
     extract: Literal["last_number", "regex", "text"] = Field(
         "last_number",
-        description="What counts as the answer: the last number in the completion, what `pattern` finds, or all of it.",
+        description=choices(
+            "What counts as the answer.",
+            {
+                "last_number": "the last number in the completion",
+                "regex": "what `pattern` finds in it",
+                "text": "all of it",
+            },
+        ),
     )
     pattern: str | None = Field(
         None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from align.choices import choices
 from align.data.types import Group, TokenRewards
 from align.rewards.exact_match import ExactMatch, ExactMatchConfig
 from align.rewards.gym import GymRewardConfig, GymVerifier
@@ -23,6 +24,12 @@ def _reference_unless_named(value: Any) -> Any:
 
 
 _BY_KIND = (Field(discriminator="kind"), BeforeValidator(_reference_unless_named))
+_SINGLE = {
+    "reference": "the reference model's log-probability of each token",
+    "exact_match": "1 for an answer that equals the prompt's, else 0",
+    "reasoning_gym": "the score that the prompt's own task gives the answer",
+    "overlong": "a soft penalty on long completions",
+}
 SingleConfig = ReferenceRewardConfig | ExactMatchConfig | GymRewardConfig | OverlongConfig
 
 
@@ -32,7 +39,11 @@ class WeightedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: float = Field(1.0, allow_inf_nan=False, description="Factor of its token rewards.")
-    reward: Annotated[SingleConfig, *_BY_KIND] = Field(description="A reward of any other kind, with that kind's keys.")
+    reward: Annotated[SingleConfig, *_BY_KIND] = Field(
+        description=choices(
+            "A reward of any other kind, with that kind's keys; without a kind it is reference.", _SINGLE
+        )
+    )
 
 
 class CompositeConfig(BaseModel):
@@ -51,6 +62,8 @@ class CompositeConfig(BaseModel):
 
 
 RewardConfig = SingleConfig | CompositeConfig
+KINDS = {**_SINGLE, "composite": "the weighted sum of other rewards"}
+"""What each kind pays."""
 RewardSection = Annotated[RewardConfig, *_BY_KIND]
 """A `[reward]` section of a run file: `kind` says which of these it is; without one it is the reference model's."""
 

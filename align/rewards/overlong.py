@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.data.types import Group, TokenRewards
 from align.rewards.outcome import at_the_end
+from align.rules import Rule
 
 
 class OverlongConfig(BaseModel):
@@ -26,6 +27,17 @@ class OverlongConfig(BaseModel):
         if self.cache_tokens > self.max_tokens:
             raise ValueError(f"cache_tokens ({self.cache_tokens}) is above max_tokens ({self.max_tokens})")
         return self
+
+    def rules_in_a_run(self, max_tokens: int) -> list[Rule]:
+        """What the penalty asks of the longest completion, in tokens."""
+        free = self.max_tokens - self.cache_tokens
+        return [
+            (
+                free >= max_tokens,
+                f"reward 'overlong' begins above {free} tokens, which sampling.max_tokens ({max_tokens}) never lets a completion "
+                "reach",
+            )
+        ]
 
 
 def overlong_penalty(num_tokens: int, max_tokens: int, cache_tokens: int) -> float:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from align.choices import choices
 from align.data.sampling import Sampling
 from align.data.types import FinishReason, Group, Ticket, Trajectory
 from align.model.adapters import AdapterConfig
+from align.rules import Rule
 from cluster.actors.usage import BusyClock
 from cluster.actors.weights import ExportedWeights
 from cluster.faults import ActorLost
@@ -50,6 +52,39 @@ class SamplingConfig(BaseModel):
         """Whether some tokens can never be sampled."""
         return self.distribution.truncates
 
+    def rules_in_a_run(
+        self, *, max_staleness: int, optimizer_steps: int, distillation: str, max_model_len: int
+    ) -> list[Rule]:
+        """What sampling asks of the run around it.
+
+        Args:
+            max_staleness: Versions that a trajectory may be late.
+            optimizer_steps: Of one batch.
+            distillation: The divergence in the loss, or "none".
+            max_model_len: Longest prompt plus completion, in tokens.
+        """
+        return [
+            (
+                self.truncates and max_staleness > 0,
+                "sampling.top_p < 1 or top_k > 0 needs run.max_staleness = 0: the learner renormalises over the tokens that its "
+                "own policy keeps, which is what the sampler kept at equal version only",
+            ),
+            (
+                self.truncates and optimizer_steps > 1,
+                "sampling.top_p < 1 or top_k > 0 needs algorithm.num_epochs = 1 and num_minibatches = 1: after the first "
+                "optimizer step the policy keeps other tokens than the sampler did",
+            ),
+            (
+                self.truncates and distillation != "none",
+                f"algorithm.distillation = {distillation!r} needs sampling.top_p = 1 and top_k = 0: the divergence is that of "
+                "whole distributions",
+            ),
+            (
+                self.max_tokens >= max_model_len,
+                f"sampling.max_tokens ({self.max_tokens}) leaves no room for a prompt in rollout.max_model_len ({max_model_len})",
+            ),
+        ]
+
 
 class RolloutConfig(BaseModel):
     """Rollout actors and their engines."""
@@ -61,7 +96,15 @@ class RolloutConfig(BaseModel):
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray sets aside for one actor; a fraction shares one.")
     num_threads: int = Field(1, ge=1, description="CPU threads of one engine.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of weights and activations; auto: bfloat16 where the processor has it, else float32."
+        "auto",
+        description=choices(
+            "Type of weights and activations.",
+            {
+                "auto": "bfloat16 where the processor has it, else float32",
+                "float32": "32 bits",
+                "bfloat16": "16 bits, half the memory",
+            },
+        ),
     )
     max_model_len: int = Field(512, ge=8, description="Longest prompt plus completion, in tokens.")
     max_num_seqs: int = Field(256, ge=1, description="Sequences that one engine generates at once.")
@@ -76,6 +119,16 @@ class RolloutConfig(BaseModel):
     start_deadline_s: float = Field(300, gt=0, description="Time for an engine to start.")
     rollout_deadline_s: float = Field(600, gt=0, description="Time for one group; a later answer condemns the actor.")
     load_deadline_s: float = Field(300, gt=0, description="Time to load one version.")
+
+    def rules_in_a_run(self, group_size: int) -> list[Rule]:
+        """What an engine asks of the number of trajectories of a prompt."""
+        return [
+            (
+                group_size > self.max_num_seqs,
+                f"run.group_size ({group_size}) is above rollout.max_num_seqs ({self.max_num_seqs}): a group would never run at "
+                "once",
+            )
+        ]
 
 
 @dataclass(frozen=True, slots=True)

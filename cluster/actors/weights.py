@@ -21,6 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from align.choices import choices
+from align.rules import Rule
 from cluster.faults import TrainingDiverged
 
 _ROW = 1024  # words per row of the checksum matrix
@@ -33,8 +35,15 @@ class WeightsConfig(BaseModel):
 
     transport: Literal["auto", "object_store", "nccl", "ipc"] = Field(
         "auto",
-        description="auto: vLLM's NCCL transfer when learner and engines have GPUs, else Ray's object store and shared "
-        "memory; ipc: learner and engine on the same GPU.",
+        description=choices(
+            "How weights travel from the learner to the engines.",
+            {
+                "auto": "nccl where learner and engines have GPUs and engines get no adapter, else object_store",
+                "object_store": "Ray's object store and shared memory",
+                "nccl": "vLLM's NCCL transfer, from GPU to GPU",
+                "ipc": "CUDA IPC, for a learner and an engine on the same GPU",
+            },
+        ),
     )
     packed_buffer_bytes: int = Field(
         128 << 20,
@@ -55,6 +64,34 @@ class WeightsConfig(BaseModel):
         """(warn, stop) in nats for an engine of this type."""
         warn, stop = (1e-4, 1e-3) if engine_dtype == "float32" else (0.15, 0.5)
         return self.canary_warn or warn, self.canary_stop or stop
+
+    def rules_in_a_run(self, *, learner_gpus: int, num_engines: int, engine_gpus: int) -> list[Rule]:
+        """What a transport asks of the learner and the engines.
+
+        Args:
+            learner_gpus: GPUs of a rank of the learner.
+            num_engines: How many engines there are.
+            engine_gpus: GPUs of one of them.
+        """
+        return [
+            (
+                self.transport in ("nccl", "ipc") and not (learner_gpus and engine_gpus),
+                f"weights.transport = {self.transport!r} needs GPUs for learner and engines",
+            ),
+            (
+                self.transport == "ipc" and (num_engines, engine_gpus) != (1, 1),
+                "weights.transport = 'ipc' is for one engine on the learner's GPU: rollout.num_actors = 1 and num_gpus = 1",
+            ),
+        ]
+
+    def rules_of_ranks(self, num_ranks: int) -> list[Rule]:
+        """What a transport asks of the number of the learner's ranks."""
+        return [
+            (
+                self.transport == "ipc" and num_ranks > 1,
+                "weights.transport = 'ipc' is for a learner on one GPU; with learner.num_ranks above 1 use 'nccl'",
+            )
+        ]
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

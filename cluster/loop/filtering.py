@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from align.data.curriculum import CurriculumConfig, PassRates
 from align.data.types import Ticket
 from align.metrics import Metric
+from align.rules import Rule
 from cluster.faults import NoSignal
 from cluster.loop.fate import Entry, Fate
 
@@ -38,6 +39,33 @@ class FilterConfig(BaseModel):
     curriculum: CurriculumConfig | None = Field(
         None, description="Visit prompts less that are too easy or too hard; leave out for none."
     )
+
+    def rules_in_a_run(self, *, outcome_baseline: bool, kl_in_reward: bool, max_staleness: int) -> list[Rule]:
+        """What dropping groups asks of the run around it.
+
+        Args:
+            outcome_baseline: Whether trajectories are compared by their outcomes alone.
+            kl_in_reward: Whether the KL is charged in the reward.
+            max_staleness: Versions that a trajectory may be late.
+        """
+        drops = self.drop_without_signal
+        return [
+            (
+                drops and not outcome_baseline,
+                "filter.drop_without_signal needs algorithm.baseline = 'group_outcome_mean' or 'leave_one_out': with another "
+                "one, groups whose outcomes are all equal have advantages that are not 0",
+            ),
+            (
+                drops and kl_in_reward,
+                "filter.drop_without_signal does not go with algorithm.kl = 'reward': groups whose outcomes are all equal would "
+                "still have KL in their advantages; use kl = 'loss' or 'none'",
+            ),
+            (
+                drops and self.max_dropped_batches <= max_staleness,
+                f"filter.max_dropped_batches ({self.max_dropped_batches}) must be above run.max_staleness ({max_staleness}): as "
+                "many batches are in flight beside the one that is waited for",
+            ),
+        ]
 
 
 class Filter:

@@ -125,6 +125,23 @@ def test_parts_that_contradict_each_other_are_refused_with_the_reason(parts: dic
         AlgorithmConfig(**parts)
 
 
+def test_what_contradicts_is_told_before_what_is_read_by_nothing() -> None:
+    parts = {"baseline": "leave_one_out", "guard_band": (2.0, 1.0), "supervised_coefficient": 0.1, "kl": "loss"}
+    with pytest.raises(ValidationError) as caught:
+        AlgorithmConfig(**parts, kl_estimator="k1", group_std_epsilon=0.1, dual_clip=2.0)
+    (error,) = caught.value.errors()
+    assert str(error["ctx"]["error"]) == (
+        "baseline = 'leave_one_out' compares whole trajectories: it needs rewards = 'outcome' and discount = 1; "
+        "guard_band = [2.0, 1.0] is empty; "
+        "supervised_coefficient and supervised_min_outcome need each other; "
+        "kl = 'loss' needs a kl_coefficient above 0; "
+        "kl_estimator = 'k1' in the loss has an expected gradient of 0; choose k2, k3 or k3_grad_k2; "
+        "group_std_epsilon is read by nothing: group_std is false; "
+        "guard_fraction, guard_band and guard_coefficient are read by nothing: entropy_guard is 'none'; "
+        "dual_clip is read by surrogate = 'ppo_clip' alone"
+    )
+
+
 # --- micro-batches -----------------------------------------------------------------------------------------------
 
 

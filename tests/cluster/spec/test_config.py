@@ -378,6 +378,56 @@ def test_all_contradictions_are_told_at_once(run_file: Path) -> None:
     assert "group_mean" in message
 
 
+def test_contradictions_are_told_in_one_order(run_file: Path) -> None:
+    overrides = {
+        "run.prompts_per_step": 1,
+        "run.max_staleness": 1,
+        "policy.adapter.publish": "adapter",
+        "reference.refresh_every": 1,
+        "reward": '{kind = "overlong", max_tokens = 999, cache_tokens = 1}',
+        "sampling.top_p": 0.5,
+        "sampling.max_tokens": 512,
+        "filter.drop_without_signal": "true",
+        "filter.max_dropped_batches": 1,
+        "algorithm.rewards": "process",
+        "algorithm.importance": "truncated",
+        "algorithm.num_minibatches": 2,
+        "critic.optimizer.offload": "true",
+        "optimizer.offload": "true",
+        "evaluation.judge": "polite",
+        "rollout.num_gpus": 2,
+        "learner.num_ranks": 2,
+        "learner.num_cpus": 0,
+        "weights.transport": "ipc",
+    }
+    message = refused(run_file, *(f"{key}={value}" for key, value in overrides.items()))
+    expected = [
+        "reference.refresh_every moves a reference that only evaluations read",
+        "algorithm.rewards = 'process' needs run.group_size",
+        "the section [critic] is read by algorithm.baseline = 'critic' alone",
+        "algorithm.num_minibatches (2) is above the 1 trajectories",
+        "filter.drop_without_signal needs algorithm.baseline",
+        "filter.max_dropped_batches (1) must be above",
+        "evaluation.judge is 'polite'",
+        "weights.transport = 'ipc' needs GPUs",
+        "weights.transport = 'ipc' is for one engine",
+        "policy.adapter.publish = 'adapter' needs weights.transport",
+        "policy.adapter.publish = 'adapter' needs rollout.num_gpus",
+        "reward 'overlong' begins above 998 tokens",
+        "sampling.top_p < 1 or top_k > 0 needs run.max_staleness",
+        "sampling.top_p < 1 or top_k > 0 needs algorithm.num_epochs",
+        "sampling.max_tokens (512) leaves no room",
+        "learner.num_ranks (2) is above the 1 trajectories",
+        "learner.num_ranks above 1 needs learner.num_cpus",
+        "weights.transport = 'ipc' is for a learner on one GPU",
+        "optimizer.offload = true needs learner.num_gpus",
+        "critic.optimizer.offload = true needs learner.num_gpus",
+    ]
+    places = [message.find(problem) for problem in expected]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
 # --- derived values and the schema --------------------------------------------------------------------------------
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from align.choices import choices
+
 ArtifactKind = Literal["environment", "code", "checkpoints", "policy"]
 
 
@@ -15,7 +17,16 @@ class WandbConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online when a key is set, else offline. An offline run can be synced later."
+        "auto",
+        description=choices(
+            "Where the record goes.",
+            {
+                "auto": "online when a key is set, else offline",
+                "online": "to this machine and, while the run goes on, to the server",
+                "offline": "to this machine; it can be synced later",
+                "disabled": "nowhere",
+            },
+        ),
     )
     project: str = Field(
         "align",
@@ -38,7 +49,14 @@ class WandbConfig(BaseModel):
     )
     artifacts: tuple[ArtifactKind, ...] = Field(
         ("environment", "code"),
-        description="environment: config.toml and environment.json; code: the sources of align and cluster; checkpoints and "
-        "policy (the final one): references to their folders in the run folder, never copies.",
+        description=choices(
+            "What the run keeps as artifacts.",
+            {
+                "environment": "config.toml and environment.json",
+                "code": "the sources of align and cluster",
+                "checkpoints": "references to their folders in the run folder, never copies",
+                "policy": "a reference to the folder of the final policy, never a copy",
+            },
+        ),
     )
     deadline_s: float = Field(15, gt=0, description="Time for the last upload at the end of an online run.")
