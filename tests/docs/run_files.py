@@ -19,7 +19,9 @@ def run_files() -> str:
 
 def _row(path: Path, cfg: RunConfig) -> str:
     name, run = path.relative_to(RUNS), cfg.run
-    return f"| `{name}` | {about(path)} | {run.steps} x {run.prompts_per_step} x {run.group_size} | {_gpus(path) or '–'} |"
+    return (
+        f"| `{name}` | {about(path)} | {run.steps} x {run.prompts_per_step} x {run.group_size} | {_gpus(path) or '–'} |"
+    )
 
 
 def _gpus(path: Path) -> int:

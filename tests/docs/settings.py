@@ -91,7 +91,9 @@ def kind_of(model: Model) -> dict[str, str]:
 
 
 def _type(field: FieldInfo) -> str:
-    limits = [(sign, getattr(one, name)) for one in field.metadata for name, sign in BOUNDS.items() if hasattr(one, name)]
+    limits = [
+        (sign, getattr(one, name)) for one in field.metadata for name, sign in BOUNDS.items() if hasattr(one, name)
+    ]
     return " ".join([_word(field.annotation), ", ".join(f"{sign} {_toml(limit)}" for sign, limit in limits)]).strip()
 
 
