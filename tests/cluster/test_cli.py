@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from align.demo import tiny
 from cluster.cli import app, main
+from cluster.faults import EXIT_CODES
 from cluster.spec.config import RunConfig
 from tests.fakes.run_files import config, tree, write
 
@@ -85,9 +86,17 @@ def test_help_lists_the_commands_and_the_exit_codes() -> None:
     code, output = align("--help")
     assert code == 0
     assert all(command.split()[0] in output for command in COMMANDS)
-    words = " ".join(output.split())
-    assert "Exit codes: 0 finished; 1 an unexpected error; 2 the run file" in words
-    assert "130 interrupted" in words
+    codes = "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+    assert f"Exit codes: {codes}." in " ".join(output.split())
+
+
+@pytest.mark.parametrize("group", [[], ["models"], ["jobs"]], ids=["align", "models", "jobs"])
+def test_on_80_columns_each_command_is_one_whole_sentence_in_the_list(group: list[str]) -> None:
+    output = CliRunner().invoke(app, [*group, "--help"], terminal_width=80).output
+    lines = output.split("Commands:\n")[1].split("\n\n")[0].splitlines()
+    names = {command.split()[len(group)] for command in COMMANDS if command.split()[: len(group)] == group}
+    assert {line.split()[0] for line in lines} == names
+    assert [line for line in lines if not line.endswith(".") or "..." in line or len(line) > 80] == []
 
 
 def test_every_command_is_tested_here() -> None:

@@ -80,6 +80,10 @@ def test_exit_codes_tell_what_kind_of_thing_went_wrong() -> None:
     assert faults.INTERRUPTED == 130
 
 
+def test_every_exit_code_is_explained_and_no_other_one() -> None:
+    assert set(faults.EXIT_CODES) == {0, faults.INTERRUPTED, *(kind.exit_code for kind in CLASSES)}
+
+
 # --- errors of Ray --------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ from tests.docs.documents import cell, table
 from tests.places import REPOSITORY
 
 
-def modules(package: str) -> str:
-    """A table of every file of a package, in the order of their paths."""
+def modules(package: str, leave_out: tuple[str, ...] = ()) -> str:
+    """A table of every file of a package but those of some of its folders, in the order of their paths."""
     root = REPOSITORY / package
-    paths = [path for path in root.rglob("*.py") if path.name != "__init__.py"]
+    files = [path for path in root.rglob("*.py") if path.name != "__init__.py"]
+    paths = [path for path in files if path.relative_to(root).parts[0] not in leave_out]
     order = sorted(paths, key=lambda path: (len(path.relative_to(root).parts) > 1, path.relative_to(root).parts))
     return table("| file | what is in it |", [f"| `{path.relative_to(root)}` | {about(path)} |" for path in order])
 

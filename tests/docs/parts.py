@@ -42,6 +42,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "align-files": partial(modules, "align"),
     "cluster-files": partial(modules, "cluster"),
+    "test-files": partial(modules, "tests", leave_out=("align", "cluster")),
     "algorithms": algorithms,
     "variance": variance,
     "staleness": staleness,
