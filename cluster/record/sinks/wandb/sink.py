@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.metrics import GLOSSARY
+from cluster.record.sinks.wandb import process
 from cluster.record.sinks.wandb.axes import AXES, axis_of, summary_of
 from cluster.record.sinks.wandb.identity import claim_run_id
 from cluster.record.sinks.wandb.settings import WandbConfig
@@ -57,7 +57,6 @@ class WandbSink:
         self._open()
 
     def _open(self) -> None:
-        import psutil
         import wandb
 
         # W&B stages tables in the user's home, which need not outlive a job; the record is to be complete where it lies.
@@ -79,7 +78,7 @@ class WandbSink:
             config=self._config,
             settings=settings,
         )
-        self._writers = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+        self._writers = process.running()
         self.directory = Path(self.run.settings.sync_dir)
         self._define()
         self._upload = _start_upload(self.directory, self._upload_log) if self._online else None
@@ -94,12 +93,10 @@ class WandbSink:
         The connection to it is given up here, or W&B would complain at the end.
         """
         import psutil
-        import wandb
 
         if all(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in self._writers):
             return False
-        with contextlib.suppress(Exception):
-            wandb.teardown()
+        process.give_up()
         return True
 
     def _define(self) -> None:
