@@ -25,9 +25,11 @@ from cluster.loop.loop import Rollout, Run, run_loop
 from cluster.loop.quarantine import Quarantine
 from cluster.record import checkpoint
 from cluster.record.alerts import Alerts
-from cluster.record.figures import Samples, read_lines, read_rows, seconds_so_far, summarize_run
+from cluster.record.figures import summarize_run
 from cluster.record.files import write_atomically
 from cluster.record.folder import RunFolder
+from cluster.record.history import read_lines, read_rows, seconds_so_far
+from cluster.record.samples import Samples
 from cluster.record.sinks.console import Console
 from cluster.record.sinks.jsonl import JsonLines
 from cluster.record.sinks.prometheus import PrometheusSink

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cluster.record.figures import read_rows
+from cluster.record.history import read_rows
 from cluster.record.sinks.jsonl import JsonLines
 
 
