@@ -122,7 +122,7 @@ class Alerts:
         self._wind_up()
 
     def log(self, step: int, wall_s: float, values: Mapping[str, float]) -> None:
-        """See `cluster.record.sinks.Sink`: this is one."""
+        """See `cluster.record.sinks.sink.Sink`: this is one."""
         if "time/step_s" in values:  # else it is an evaluation before the first step
             self._observe(step, values)
             self._told.discard("stall")
