@@ -35,7 +35,7 @@ def server() -> Iterator[PlainServer]:
 
 def asked(folder: Path, *modes: str, **environment: str) -> list[tuple[bool | str, list[str], int]]:
     """For each mode the answer (or the text of the TrackingError), the warnings, and how many processes of W&B's are left."""
-    done = run_python(CHECK_ONLINE.format(modes=modes), folder, **environment)
+    done = run_python(CHECK_ONLINE.format(modes=modes), folder, **{"WANDB_HTTP_TIMEOUT": "120", **environment})
     assert done.returncode == 0, done.stderr
     rows = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     assert len(rows) == len(modes)
@@ -122,7 +122,9 @@ for entity in ("me", "team", "teem"):
 
 def test_an_entity_that_the_key_does_not_belong_to_is_refused_with_those_that_it_does(tmp_path: Path) -> None:
     with fake_wandb() as server:
-        done = run_python(CHECK_ENTITY, tmp_path, WANDB_API_KEY=API_KEY, WANDB_BASE_URL=server.url)
+        done = run_python(
+            CHECK_ENTITY, tmp_path, WANDB_API_KEY=API_KEY, WANDB_BASE_URL=server.url, WANDB_HTTP_TIMEOUT="120"
+        )
     assert done.stdout.splitlines() == [
         "True",
         "True",
