@@ -6,12 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.faults import RunError
+from cluster.record.trend import Trend
 from cluster.redaction import redact
 
 _MAX_CHARS = 1000
@@ -105,7 +106,7 @@ class Alerts:
         call_later: CallLater = _call_later,
     ) -> None:
         self._cfg, self._call_later = cfg, call_later
-        self._trends = {name: _Trend(cfg.window) for name in ("entropy", "length", "kl")}
+        self._trends = {name: Trend(cfg.window) for name in ("entropy", "length", "kl")}
         self._step_times: deque[float] = deque(maxlen=100)
         self._told: set[str] = set()
         self._timer: Timer | None = None
@@ -121,7 +122,7 @@ class Alerts:
         self._wind_up()
 
     def log(self, step: int, wall_s: float, values: Mapping[str, float]) -> None:
-        """See `cluster.record.sinks.Sink`: this is one."""
+        """See `cluster.record.sinks.sink.Sink`: this is one."""
         if "time/step_s" in values:  # else it is an evaluation before the first step
             self._observe(step, values)
             self._told.discard("stall")
@@ -192,31 +193,3 @@ class Alerts:
         elif cause not in self._told:
             self._told.add(cause)
             self._tell(Alert(cause, "warn", self._step, title, text))
-
-
-class _Trend:
-    """Mean of the first values of a metric, and of the last ones."""
-
-    def __init__(self, window: int) -> None:
-        self._first: list[float] = []
-        self._last: deque[float] = deque(maxlen=window)
-        self._window = window
-
-    def add(self, value: float) -> bool:
-        """Take a value; true once there is a start and a window of values behind it."""
-        if len(self._first) < self._window:
-            self._first.append(value)
-            return False
-        self._last.append(value)
-        return len(self._last) == self._window
-
-    def __str__(self) -> str:
-        return f"{self.start:.3g} at the start, {self.now:.3g}"
-
-    @property
-    def start(self) -> float:
-        return fmean(self._first)
-
-    @property
-    def now(self) -> float:
-        return fmean(self._last)

@@ -1,56 +1,22 @@
-"""The summary of a run and its samples, computed from what is on disk, so that a resumed run sums up as one."""
+"""The summary of a run, computed from what is on disk, so that a resumed run sums up as one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from align.demo.judges import JUDGES
-from cluster.loop.answer import Answer
 from cluster.loop.goodput import shares
-from cluster.record.files import write_atomically
 
 Row = Mapping[str, Any]
 PHASES = ("rollout_wait", "update", "publish", "other")  # of a step, which they add up to
 ROLES = ("learner", "rollout", "scorer")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, one per step; of a step that was logged twice (around a resume) the later one counts."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in read_lines(path):
-        rows[line["step"]] = rows.get(line["step"], {}) | line
-    return [rows[step] for step in sorted(rows)]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl as they were logged, without those that a kill tore."""
-    return [line for line in map(_parse, path.read_text(encoding="utf-8").splitlines()) if line]
-
-
-def _parse(line: str) -> dict[str, Any]:
-    """A row; nothing for a line that was torn by a kill."""
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return {}
-    return row
-
-
-def seconds_so_far(path: Path) -> float:
-    """Wall time of all earlier processes of a run: each counts from 0, so a fall begins a new one."""
-    times = [line["wall_s"] for line in read_lines(path)]
-    following = [*times[1:], 0.0]
-    return float(sum(now for now, later in zip(times, following, strict=False) if later < now))
-
-
 def summarize_run(rows: Sequence[Row], samples: Mapping[str, Any]) -> dict[str, Any]:
     """The figures under their fixed keys; None where a run has no such figure.
 
     Args:
-        rows: From `read_rows`.
+        rows: From `history.read_rows`.
         samples: The content of samples.json.
     """
     summary: dict[str, Any] = {}
@@ -101,51 +67,3 @@ def time_shares(rows: Sequence[Row]) -> dict[str, float]:
     phases = {name: sum(row.get(f"time/{name}_s", 0.0) for row in steps) / total for name in PHASES}
     idle = {role: [(row.get(f"idle/{role}_fraction", 0.0), row["time/step_s"]) for row in steps] for role in ROLES}
     return phases | {f"idle_{role}": sum(share * s for share, s in pairs) / total for role, pairs in idle.items()}
-
-
-class Samples:
-    """samples.json: answers before, after and of the reference, side by side.
-
-    Args:
-        path: The file; what an interrupted run wrote there is taken up.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        self.content: dict[str, Any] = found if found.get("begun") else {"begun": False, "sets": {}}
-
-    @property
-    def begun(self) -> bool:
-        """Whether all answers before training, those of the reference included, are there; fewer do not count."""
-        return bool(self.content["begun"])
-
-    def mark_begun(self) -> None:
-        """All answers before training are there."""
-        self.content["begun"] = True
-        self._write()
-
-    def add(self, name: str, answers: Sequence[Answer], num: int) -> None:
-        """Answers of an evaluation: the first are "before", the newest "after"."""
-        rows = self.content["sets"].setdefault(name, [{"prompt": a.prompt} for a in answers[:num]])
-        for row, answer in zip(rows, answers, strict=False):
-            when = "after" if "before" in row else "before"
-            row[when] = answer.completion
-            row[f"grammatical_{when}"] = answer.judged
-            row[f"accuracy_{when}"] = answer.accuracy
-        self._write()
-
-    def add_reference(self, name: str, prompts: Sequence[str], texts: Sequence[str], judge: str | None) -> None:
-        """Answers of the reference, and the share of them that the judge accepts."""
-        verdicts = [
-            JUDGES[judge](prompt + text) if judge else None for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        for row, text, verdict in zip(self.content["sets"][name], texts, verdicts, strict=False):
-            row["reference"], row["grammatical_reference"] = text, verdict
-        if judge:
-            rate = sum(bool(v) for v in verdicts) / len(verdicts)
-            self.content.setdefault("reference_rates", {})[name] = rate
-        self._write()
-
-    def _write(self) -> None:
-        write_atomically(self._path, json.dumps(self.content, indent=1, ensure_ascii=False))

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from cluster.record.figures import read_rows, summarize_run
+from cluster.record.figures import summarize_run
 from cluster.record.files import write_atomically
+from cluster.record.history import read_rows
 from cluster.record.sinks.console import Console
 from cluster.redaction import redact
 from cluster.run.recording import Recording

@@ -16,7 +16,7 @@ from cluster.loop.ledger import Ledger
 from cluster.loop.quarantine import Quarantine
 from cluster.record import checkpoint
 from cluster.record.checkpoint import Checkpoint, RunState
-from cluster.record.figures import read_lines
+from cluster.record.history import read_lines
 from cluster.record.sinks.wandb.identity import known_run_id
 from cluster.run.moving_reference import MovingReference
 from cluster.spec.config import RunConfig

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from align.metrics import Metric, reduce
 from cluster.fleet.address import cluster_address
 from cluster.record.alerts import Alerts
-from cluster.record.figures import Samples, read_rows, seconds_so_far
+from cluster.record.history import read_rows, seconds_so_far
+from cluster.record.samples import Samples
 from cluster.record.sinks.console import Console
 from cluster.record.sinks.jsonl import JsonLines
 from cluster.record.sinks.prometheus import PrometheusSink

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from align.algorithm.config import AlgorithmConfig
 from align.data.types import FinishReason, Group, Prompt, ScoredGroup, Ticket, TokenRewards, Trajectory, VersionSpan
-from cluster.record.figures import read_rows
-from cluster.record.transcripts import Row, Trajectories
+from cluster.record.history import read_rows
+from cluster.record.trajectories import Row, Trajectories
 
 if TYPE_CHECKING:
     from align.data.batching import Batch

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.faults import ConfigError
-from cluster.record.transcripts import Brief, Row, Trajectories, excerpt, returns
+from cluster.record.trajectories import Brief, Row, Trajectories, excerpt, returns
 from cluster.views.credit import PULL, PULL_MEANING, Credit, CreditUnknown, step_credits
 from cluster.views.rows import Rows
 from cluster.views.selection import ORDERS, Selection, Summary, ends

@@ -2,13 +2,11 @@
 
 Both are made from the files of the folder alone, so a report can be written again at any time, and a failed or stopped
 run has one too. What is missing or damaged is named on the page. Prompts and completions are untrusted text: the
-template escapes everything except the drawings of `curves.py`, and the page forbids scripts and requests.
+template escapes everything except the drawings of `plots.py`, and the page forbids scripts and requests.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,10 @@ from markupsafe import Markup
 from align.metrics import GLOSSARY, Definition
 from cluster.loop.goodput import FATES
 from cluster.record.figures import PHASES, ROLES
-from cluster.views import plots as curves
+from cluster.views.numbers import duration, finite, memory, number, percent
+from cluster.views.panels import FURTHER_PANELS, PANELS, Panel, non_positive, present
+from cluster.views.plots import COLORS, draw_panel, draw_picture
+from cluster.views.run_record import RunRecord, read_run
 
 OUTCOMES = (
     ("KL per token to the reference", "held-out prompts", "kl_per_token", ""),
@@ -52,19 +53,6 @@ LOOK_FURTHER = (
 """(path in the run folder, what it holds, a command to run there)."""
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What could be read from a run folder."""
-
-    summary: dict[str, Any]
-    series: dict[str, dict[int, float]]
-    samples: dict[str, list[dict[str, Any]]]
-    config: str
-    environment: dict[str, Any]
-    notes: tuple[str, ...]
-    """What is missing or damaged, one sentence each."""
-
-
 def write_report(run_dir: Path, glossary: Mapping[str, Definition] = GLOSSARY) -> Path:
     """Writes `report.html` and, when there is a curve to draw, `curves.svg` into a run folder.
 
@@ -83,8 +71,8 @@ def write_report(run_dir: Path, glossary: Mapping[str, Definition] = GLOSSARY) -
     record = read_run(run_dir)
     picture = run_dir / "curves.svg"
     picture.unlink(missing_ok=True)
-    if panels := curves.present(curves.PANELS, record.series):
-        picture.write_text(curves.draw_picture(panels, record.series, _target(record)), encoding="utf-8")
+    if panels := present(PANELS, record.series):
+        picture.write_text(draw_picture(panels, record.series, _target(record)), encoding="utf-8")
     page = run_dir / "report.html"
     # JSON can hold lone surrogates and UTF-8 cannot: they become question marks.
     page.write_bytes(render_page(record, glossary, paths_of(run_dir)).encode("utf-8", errors="replace"))
@@ -94,70 +82,6 @@ def write_report(run_dir: Path, glossary: Mapping[str, Definition] = GLOSSARY) -
 def paths_of(run_dir: Path) -> list[tuple[str, str, str]]:
     """The rows of `LOOK_FURTHER` that the folder has."""
     return [row for row in LOOK_FURTHER if (run_dir / row[0]).exists()]
-
-
-def read_run(run_dir: Path) -> RunRecord:
-    """Reads whatever the folder holds; what it lacks becomes a note instead of an error."""
-    notes: list[str] = []
-    summary = _read_json(run_dir / "summary.json", notes)
-    series = _read_metrics(run_dir / "metrics.jsonl", notes)
-    samples = _read_samples(run_dir / "samples.json", notes)
-    config = _read_text(run_dir / "config.toml", notes) or ""
-    environment = _read_json(run_dir / "environment.json", notes)
-    return RunRecord(summary, series, samples, config, environment, tuple(notes))
-
-
-def _read_text(path: Path, notes: list[str]) -> str | None:
-    if not path.is_file():
-        notes.append(f"{path.name} is missing.")
-        return None
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    text = _read_text(path, notes)
-    if text is None:
-        return {}
-    value = _parse_object(text)
-    if value is None:
-        notes.append(f"{path.name} is damaged: it does not hold one JSON object.")
-        return {}
-    return value
-
-
-def _parse_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[int, float]]:
-    """Returns step -> value of each metric, by step. Of a step that a resumed run repeated, the later line counts."""
-    series: dict[str, dict[int, float]] = {}
-    damaged = 0
-    for line in filter(str.strip, (_read_text(path, notes) or "").split("\n")):
-        row = _parse_object(line)
-        step = row.get("step") if row else None
-        if row is None or type(step) is not int:
-            damaged += 1
-            continue
-        for name, value in row.items():
-            if "/" in name and type(value) in (int, float):
-                series.setdefault(name, {})[step] = float(value)
-    if damaged:
-        notes.append(f"{path.name}: {damaged} damaged line{'s' * (damaged > 1)} left out.")
-    return {name: dict(sorted(points.items())) for name, points in sorted(series.items())}
-
-
-def _read_samples(path: Path, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    content = _read_json(path, notes)
-    sets = content.get("sets", {})
-    if not isinstance(sets, dict) or not all(isinstance(rows, list) for rows in sets.values()):
-        notes.append(f"{path.name} is damaged: `sets` is not a table of lists.")
-        return {}
-    return {str(name): [row for row in rows if isinstance(row, dict)] for name, rows in sets.items() if rows}
 
 
 def templates(*folders: Path) -> jinja2.Environment:
@@ -189,27 +113,25 @@ def render_page(
         outcomes=_outcomes(record.summary),
         facts=_facts(record.summary),
         spent=_spent(record.summary, glossary),
-        charts=_charts((*curves.PANELS, *curves.FURTHER_PANELS), record, glossary),
+        charts=_charts((*PANELS, *FURTHER_PANELS), record, glossary),
         definitions=[(name, glossary.get(name), points) for name, points in record.series.items()],
         environment=json.dumps(record.environment, indent=2, ensure_ascii=False),
         paths=paths,
-        colors=curves.COLORS,
+        colors=COLORS,
         served=served,
         has_trajectories=any(path == "trajectories" for path, _, _ in paths),
     )
 
 
 def _target(record: RunRecord) -> float | None:
-    return _finite(record.summary.get("grammatical_reference"))
+    return finite(record.summary.get("grammatical_reference"))
 
 
-def _charts(
-    panels: Sequence[curves.Panel], record: RunRecord, glossary: Mapping[str, Definition]
-) -> list[dict[str, Any]]:
+def _charts(panels: Sequence[Panel], record: RunRecord, glossary: Mapping[str, Definition]) -> list[dict[str, Any]]:
     return [
         {
             "panel": panel,
-            "svg": Markup(curves.draw_panel(panel, record.series, _target(record))),
+            "svg": Markup(draw_panel(panel, record.series, _target(record))),
             "curves": [
                 (index, label, name, glossary.get(name), list(record.series[name].values()))
                 for index, (name, label) in enumerate(panel.curves)
@@ -217,24 +139,24 @@ def _charts(
             ],
             "show": percent if panel.scale == "rate" else number,
             "target": _target(record) if panel.has_target else None,
-            "hidden": curves.non_positive(panel, record.series),
+            "hidden": non_positive(panel, record.series),
         }
-        for panel in curves.present(panels, record.series)
+        for panel in present(panels, record.series)
     ]
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
     """The outcome on held-out prompts in one sentence, from whatever the summary holds."""
     parts = []
-    before, after = _finite(summary.get("kl_per_token_before")), _finite(summary.get("kl_per_token_after"))
+    before, after = finite(summary.get("kl_per_token_before")), finite(summary.get("kl_per_token_after"))
     if before is not None and after is not None:
         parts.append(f"KL per token to the reference {number(before)} → {number(after)}{_change(before, after)}")
-    before, after = _finite(summary.get("grammatical_before")), _finite(summary.get("grammatical_after"))
+    before, after = finite(summary.get("grammatical_before")), finite(summary.get("grammatical_after"))
     if before is not None and after is not None:
-        reference = _finite(summary.get("grammatical_reference"))
+        reference = finite(summary.get("grammatical_reference"))
         of_reference = "" if reference is None else f" (reference {percent(reference)})"
         parts.append(f"grammatical {percent(before)} → {percent(after)}{of_reference}")
-    before, after = _finite(summary.get("accuracy_before")), _finite(summary.get("accuracy_after"))
+    before, after = finite(summary.get("accuracy_before")), finite(summary.get("accuracy_after"))
     if before is not None and after is not None:
         parts.append(f"right answers {percent(before)} → {percent(after)}")
     sentence = "; ".join(parts) or "no evaluation before and after was recorded"
@@ -257,7 +179,7 @@ def _outcomes(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     for label, prompts, measure, suffix in OUTCOMES:
         show = number if measure == "kl_per_token" else percent
         keys = [f"{measure}_{moment}{suffix}" for moment in ("before", "after", "reference")]
-        before, after, reference = (_finite(summary.get(key)) for key in keys)
+        before, after, reference = (finite(summary.get(key)) for key in keys)
         if before is not None or after is not None:
             shown = {"before": show(before), "after": show(after), "reference": show(reference)}
             tiles.append({"label": label, "prompts": prompts, "has_reference": reference is not None, **shown})
@@ -276,7 +198,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Mismatch, largest", "mismatch_max", number),
         ("Seed", "seed", str),
     )
-    values = [(label, _finite(summary.get(key)), show) for label, key, show in figures]
+    values = [(label, finite(summary.get(key)), show) for label, key, show in figures]
     return [(label, show(value)) for label, value, show in values if value is not None]
 
 
@@ -291,7 +213,7 @@ def _spent(
     spent = []
     for title, key, metrics in tables:
         found = summary.get(key)
-        shares = {name: _finite(found.get(name)) for name in metrics} if isinstance(found, dict) else {}
+        shares = {name: finite(found.get(name)) for name in metrics} if isinstance(found, dict) else {}
         rows = [
             (name.removeprefix("idle_").replace("_", " "), percent(share), definition.meaning if definition else "")
             for name, share in shares.items()
@@ -301,38 +223,3 @@ def _spent(
         if rows:
             spent.append((title, rows))
     return spent
-
-
-def _finite(value: object) -> float | None:
-    """The value when it is a number to show, else None."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    return value if math.isfinite(value) else None
-
-
-def number(value: float | None) -> str:
-    """Three digits that count, whole numbers from 100 on, with separators; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def percent(share: float | None) -> str:
-    """A share of 1 in percent; a decimal where it would otherwise round to a false 0 % or 100 %."""
-    if share is None:
-        return "–"
-    return f"{100 * share:.0f}%" if share in (0, 1) or 0.01 <= share <= 0.99 else f"{100 * share:.1f}%"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as the two largest units."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_rest = divmod(minutes, 60)
-    return f"{hours} h {minutes_rest:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def memory(num_bytes: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

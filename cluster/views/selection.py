@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.record.transcripts import Brief, Trajectories
+from cluster.record.trajectories import Brief, Trajectories
 
 
 @dataclass(frozen=True, slots=True)

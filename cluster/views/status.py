@@ -19,7 +19,8 @@ from rich.text import Text
 
 from cluster.faults import ConfigError
 from cluster.loop.goodput import shares
-from cluster.record.figures import ROLES, read_rows, time_shares
+from cluster.record.figures import ROLES, time_shares
+from cluster.record.history import read_rows
 
 _SHOWN = (
     *("reward/trajectory_mean", "kl/behavior_reference", "policy/entropy", "optimizer/grad_norm", "staleness/max"),

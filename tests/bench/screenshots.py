@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from cluster.record.transcripts import Trajectories
+from cluster.record.trajectories import Trajectories
 from cluster.views.selection import ORDERS
 from cluster.views.web.server import Server
 from tests.harness.browser import MISSING, chromium, open_page, resize, screenshot

@@ -1,4 +1,5 @@
-"""A W&B server on 127.0.0.1 that knows as much of its interface as the client needs, and keeps what it was sent."""
+"""Servers on 127.0.0.1 in place of W&B's: one that knows as much of its interface as the client needs, and keeps what it was
+sent; and one that answers the same to everything."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import http.server
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,51 @@ def fake_wandb() -> Iterator[FakeWandb]:
     """A server that runs until the end of the block."""
     state = FakeWandb()
 
+    def answer(path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        if path.startswith("/graphql"):
+            return 200, state.answer(json.loads(body))
+        if "file_stream" in path:
+            state.streamed.append(json.loads(body))
+        return 200, {}
+
+    with _serving(answer) as state.url:
+        yield state
+
+
+@dataclass
+class PlainServer:
+    """One that gives the same answer to everything.
+
+    Attributes:
+        url: Its address.
+        status: HTTP status of the answer.
+        body: Of the answer.
+        num_requests: Answered so far.
+    """
+
+    url: str = ""
+    status: int = 200
+    body: dict[str, Any] = field(default_factory=dict)
+    num_requests: int = 0
+
+
+@contextlib.contextmanager
+def plain_server() -> Iterator[PlainServer]:
+    """A server that runs until the end of the block."""
+    state = PlainServer()
+
+    def answer(path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        state.num_requests += 1
+        return state.status, state.body
+
+    with _serving(answer) as state.url:
+        yield state
+
+
+@contextlib.contextmanager
+def _serving(answer: Callable[[str, bytes], tuple[int, dict[str, Any]]]) -> Iterator[str]:
+    """The address of a server that answers to a path and a body with a status and JSON."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -86,13 +132,9 @@ def fake_wandb() -> Iterator[FakeWandb]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            answer: dict[str, Any] = {}
-            if self.path.startswith("/graphql"):
-                answer = state.answer(json.loads(body))
-            elif "file_stream" in self.path:
-                state.streamed.append(json.loads(body))
-            text = json.dumps(answer).encode()
-            self.send_response(200)
+            status, content = answer(self.path, body)
+            text = json.dumps(content).encode()
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -104,9 +146,8 @@ def fake_wandb() -> Iterator[FakeWandb]:
             """Nothing is printed."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        state.url = f"http://127.0.0.1:{running.server_port}"
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
-        yield state
+        yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
         thread.join()

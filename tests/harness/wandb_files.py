@@ -29,7 +29,7 @@ def run_python(script: str, folder: Path, **environment: str) -> subprocess.Comp
         env=clean | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from align.metrics import GLOSSARY
-from cluster.record.figures import read_rows
+from cluster.record.history import read_rows
 from cluster.record.sinks.wandb.tables import TABLE
-from cluster.record.transcripts import Trajectories
+from cluster.record.trajectories import Trajectories
 from cluster.views.credit import step_credits
 from tests.harness.commands import DEMO, align, summary, trajectories
 from tests.harness.wandb_files import wandb_rows

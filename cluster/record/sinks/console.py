@@ -26,6 +26,7 @@ _COLUMNS = (  # heading, metric, format, width
 )
 _OUTCOME_COLUMNS = (("reward", "reward/trajectory_mean", "{:.3f}", 7), *_COLUMNS[2:])
 _HEADING_EVERY = 20
+_BAR_WIDTH = 60  # columns of a terminal that leave room for a bar beside the numbers
 
 
 class Console:
@@ -48,13 +49,17 @@ class Console:
 
     def say(self, text: str) -> None:
         """A plain line."""
-        self._rich.print(text, markup=False)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         """Something that a person should know, in yellow; kept for the summary."""
         text = redact(text)
         self.warnings.append(text)
-        self._rich.print(f"warning: {text}", style="yellow", markup=False)
+        self._print(f"warning: {text}", "yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        """As it is: neither brackets nor `:names:` of emojis in it mean anything."""
+        self._rich.print(text, style=style, markup=False, emoji=False)
 
     def alert(self, alert: Alert) -> None:
         """A warning; the error that ends a run is its last line anyway."""
@@ -72,7 +77,7 @@ class Console:
     def _step_line(self, step: int, wall_s: float, values: Mapping[str, float]) -> None:
         if self._lines % _HEADING_EVERY == 0:
             heading = " ".join(f"{title:>{width}}" for title, _, _, width in self._columns)
-            self._rich.print(f"{'step':>9} {heading} {'left':>6}", style="bold", markup=False)
+            self._print(f"{'step':>9} {heading} {'left':>6}", "bold")
         self._lines += 1
         cells = " ".join(
             f"{shape.format(values[name]) if name in values else '-':>{width}}"
@@ -92,9 +97,10 @@ class Console:
 
     def _show_bar(self, step: int, left: str) -> None:
         if self._progress is None:
-            left_column = TextColumn("{task.fields[left]} left")
-            columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left_column)
-            self._progress = Progress(*columns, console=self._rich, transient=True)
+            steps, left_column = MofNCompleteColumn(), TextColumn("{task.fields[left]} left")
+            columns = (TextColumn("steps"), BarColumn(), steps, TimeElapsedColumn(), left_column)
+            fits = self._rich.width >= _BAR_WIDTH
+            self._progress = Progress(*(columns if fits else (steps, left_column)), console=self._rich, transient=True)
             self._progress.add_task("steps", total=self._num_steps, left="")
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=step, left=left)

@@ -41,11 +41,11 @@ class PrometheusSink:
         self._gauges: dict[str, Any] = {}
 
     def log(self, step: int, wall_s: float, values: Mapping[str, float]) -> None:
-        """See `cluster.record.sinks.Sink`."""
+        """See `cluster.record.sinks.sink.Sink`."""
         for name, value in values.items():
             if name not in self._gauges:
                 self._gauges[name] = self._new_gauge(gauge_name(name), GLOSSARY[name].meaning, tag_keys=("run",))
             self._gauges[name].set(value, tags=self._tags)
 
     def close(self) -> None:
-        """See `cluster.record.sinks.Sink`; Ray forgets the values with the process."""
+        """See `cluster.record.sinks.sink.Sink`; Ray forgets the values with the process."""

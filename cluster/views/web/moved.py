@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.record.transcripts import Row
+from cluster.record.trajectories import Row
 from cluster.views.credit import Credits
 from cluster.views.web.tokens import visible
 

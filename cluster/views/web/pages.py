@@ -10,7 +10,6 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
@@ -20,41 +19,22 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from align.data.types import FinishReason
 from align.metrics import GLOSSARY
 from cluster.faults import ConfigError
-from cluster.record.figures import read_rows
-from cluster.record.transcripts import Brief, Row, Trajectories, excerpt
+from cluster.record.history import read_rows
+from cluster.record.trajectories import Brief, Row, Trajectories, excerpt
 from cluster.views import report
 from cluster.views.credit import PULL, PULL_MEANING, Credits, CreditUnknown, step_credits
+from cluster.views.numbers import number
+from cluster.views.run_record import read_run
 from cluster.views.selection import ORDERS, Selection, Summary, extremes
 from cluster.views.status import state
+from cluster.views.web.answer import REPORT_POLICY, Answer
 from cluster.views.web.colours import MEASURES
 from cluster.views.web.moved import moved
+from cluster.views.web.notation import exact, minus, scientific
 from cluster.views.web.query import PER_PAGE, BadQuery, Query
 from cluster.views.web.tokens import Colouring, Token, tokens
 
-_NOTHING_ELSE = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-POLICY = f"default-src 'none'; style-src 'self'; img-src data:; {_NOTHING_ELSE}"
-REPORT_POLICY = f"default-src 'none'; style-src 'unsafe-inline'; {_NOTHING_ELSE}"
 FOLDER = Path(__file__).parent
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a request is answered with."""
-
-    status: HTTPStatus
-    headers: dict[str, str]
-    body: bytes
-
-    @staticmethod
-    def page(html: str, status: HTTPStatus = HTTPStatus.OK, policy: str = POLICY) -> Answer:
-        """A page; what UTF-8 cannot hold becomes a question mark."""
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        return Answer(status, headers, html.encode("utf-8", errors="replace"))
-
-    @staticmethod
-    def text(status: HTTPStatus, text: str, kind: str = "plain") -> Answer:
-        """Text that is no page."""
-        return Answer(status, {"Content-Type": f"text/{kind}; charset=utf-8"}, text.encode())
 
 
 class Pages:
@@ -78,8 +58,8 @@ class Pages:
             "excerpt": excerpt,
             "exact": exact,
             "scientific": scientific,
-            "tick": lambda value: _minus(f"{value:.2g}"),
-            "number": lambda value: _minus(report.number(value)),
+            "tick": lambda value: minus(f"{value:.2g}"),
+            "number": lambda value: minus(number(value)),
         }
 
     def answer(self, target: str) -> Answer:
@@ -123,7 +103,7 @@ class Pages:
 
     def report(self, _: Mapping[str, str]) -> Answer:
         """report.html with links to the other pages, from the folder as it is now."""
-        record = report.read_run(self.run)
+        record = read_run(self.run)
         with self._drawing:
             html = report.render_page(record, GLOSSARY, report.paths_of(self.run), served=True)
         return Answer.page(html, policy=REPORT_POLICY)
@@ -220,11 +200,7 @@ class Pages:
             raise ConfigError(f"ticket {ticket} has no repeat {repeat}", f"it has {len(rows)}, counted from 0")
         row = rows[repeats.index(repeat)]
         (shown,), content = self._shown(step, [row], values)
-        parts = [
-            (f"Reward: {name}", report.number(v))
-            for name, v in (row.get("reward_parts") or {}).items()
-            if v is not None
-        ]
+        parts = [(f"Reward: {name}", number(v)) for name, v in (row.get("reward_parts") or {}).items() if v is not None]
         content |= {"parts": parts, "neighbours": neighbours(repeats, repeat)}
         return self._render("trajectory", row=row, tokens=shown, **content)
 
@@ -245,7 +221,7 @@ class Pages:
 
     def sample(self, _: Mapping[str, str], number: int) -> Answer:
         """On to the trajectories of a training prompt of the report."""
-        samples = report.read_run(self.run).samples.get("train", [])
+        samples = read_run(self.run).samples.get("train", [])
         if number >= len(samples) or not isinstance(samples[number].get("prompt"), str):
             raise ConfigError(f"the report has no training sample {number}", f"it has {len(samples)}, counted from 0")
         target = "/trajectories?" + urlencode({"prompt": samples[number]["prompt"]}, errors="replace")
@@ -269,19 +245,3 @@ def neighbours(numbers: Sequence[int], number: int) -> tuple[int | None, int | N
     """The ones before and after a number."""
     at = numbers.index(number)
     return numbers[at - 1] if at else None, numbers[at + 1] if at + 1 < len(numbers) else None
-
-
-def exact(value: float | None) -> str:
-    """Three digits after the point, so that a column of numbers is aligned; a dash for None."""
-    return "–" if value is None else _minus(f"{value:z.3f}")
-
-
-def scientific(value: float | None, signed: bool = True) -> str:
-    """Two digits and a power of ten; a dash for None."""
-    if value is None or value == 0:
-        return "–" if value is None else "0"
-    return _minus(f"{value:{'+' if signed else ''}.1e}")
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "\u2212")

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from cluster.faults import ConfigError
 from cluster.views.selection import Selection
-from cluster.views.web.pages import Answer, Pages
+from cluster.views.web.answer import Answer
+from cluster.views.web.pages import Pages
 from cluster.views.web.query import Query
 
 DEFAULT_PORT = 8440

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.record.transcripts import Row, returns
+from cluster.record.trajectories import Row, returns
 from cluster.views.credit import Credit
 from cluster.views.web.colours import MEASURES, Scale
 

@@ -1,15 +1,12 @@
-"""The summary and the samples of a run, from what is on disk, over kills and resumes."""
+"""The summary of a run, from what is on disk."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.loop.answer import Answer
-from cluster.record.figures import Samples, read_rows, seconds_so_far, summarize_run
+from cluster.record.figures import summarize_run
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -141,135 +138,3 @@ def test_a_figure_of_zero_is_a_figure() -> None:
     zero = {"step": 1, "tokens/generated": 8, "mismatch/abs_mean": 0.0, "mismatch/abs_max": 0.0, "memory/rss_bytes": 0}
     summary = summarize_run([zero], {})
     assert (summary["mismatch_mean"], summary["mismatch_max"], summary["peak_rss_bytes"]) == (0.0, 0.0, 0)
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-
-def write_lines(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join(lines))
-    return path
-
-
-def test_of_a_step_that_was_trained_twice_around_a_kill_the_later_row_counts(tmp_path: Path) -> None:
-    path = write_lines(
-        tmp_path / "metrics.jsonl",
-        '{"step": 1, "tokens/generated": 10}',
-        '{"step": 2, "tokens/generated": 20}',
-        '{"step": 3, "tokens/generated": 30, "memory/rss_bytes": 9}',
-        '{"step": 2, "tokens/generated": 21}',  # resumed after step 1
-        '{"step": 3, "tokens/generated": 31}',
-    )
-    rows = read_rows(path)
-    assert [(row["step"], row["tokens/generated"]) for row in rows] == [(1, 10), (2, 21), (3, 31)]
-    assert summarize_run(rows, {})["generated_tokens"] == 62
-
-
-def test_two_rows_of_one_step_are_one(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "metrics.jsonl", '{"step": 0, "a": 1}', '{"step": 0, "b": 2}')
-    assert read_rows(path) == [{"step": 0, "a": 1, "b": 2}]
-
-
-def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "metrics.jsonl", '{"step": 1, "a": 1}', '{"step": 2, "a"', "", '{"step": 3, "a": 3}')
-    assert [row["step"] for row in read_rows(path)] == [1, 3]
-
-
-def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
-    assert read_rows(write_lines(tmp_path / "metrics.jsonl")) == []
-
-
-def test_the_seconds_of_all_earlier_processes_add_up(tmp_path: Path) -> None:
-    path = write_lines(
-        tmp_path / "metrics.jsonl",
-        '{"step": 1, "wall_s": 20.5}',
-        '{"step": 2, "wall_s": 30.25}',
-        '{"step": 3, "wall_s": 40',  # torn by a kill; the second process counts from 0 again
-        '{"step": 3, "wall_s": 12.0}',
-        '{"step": 4, "wall_s": 25.5}',
-        '{"step": 5, "wall_s": 11.0}',
-    )
-    assert seconds_so_far(path) == 30.25 + 25.5 + 11.0
-
-
-def test_a_run_that_logged_nothing_took_no_seconds(tmp_path: Path) -> None:
-    assert seconds_so_far(write_lines(tmp_path / "metrics.jsonl")) == 0
-
-
-# --- samples ------------------------------------------------------------------------------------------------------
-
-
-def answers(text: str, judged: bool | None = None, num: int = 3, accuracy: float | None = None) -> list[Answer]:
-    return [Answer(f"prompt {i}", f"{text} {i}", 0.5, 4, judged, accuracy) for i in range(num)]
-
-
-def test_the_first_answers_are_before_and_the_newest_after(tmp_path: Path) -> None:
-    samples = Samples(tmp_path / "samples.json")
-    assert not samples.begun
-    samples.add("heldout", answers("old", False), num=2)
-    assert not samples.begun, "the other sets and the reference may be missing"
-    samples.mark_begun()
-    assert samples.begun
-    samples.add("heldout", answers("middle", False), num=2)
-    samples.add("heldout", answers("new", True), num=2)
-    assert json.loads((tmp_path / "samples.json").read_text())["sets"]["heldout"] == [
-        {
-            "prompt": f"prompt {i}",
-            "before": f"old {i}",
-            "grammatical_before": False,
-            "accuracy_before": None,
-            "after": f"new {i}",
-            "grammatical_after": True,
-            "accuracy_after": None,
-        }
-        for i in range(2)
-    ]
-
-
-def test_how_right_an_answer_was_stands_beside_it(tmp_path: Path) -> None:
-    samples = Samples(tmp_path / "samples.json")
-    samples.add("heldout", answers("old", num=1, accuracy=0.0), num=1)
-    samples.add("heldout", answers("new", num=1, accuracy=0.5), num=1)
-    (row,) = samples.content["sets"]["heldout"]
-    assert (row["accuracy_before"], row["accuracy_after"]) == (0.0, 0.5)
-
-
-def test_a_resumed_run_keeps_its_answers_from_before_training(tmp_path: Path) -> None:
-    samples = Samples(tmp_path / "samples.json")
-    samples.add("heldout", answers("before the kill"), num=1)
-    samples.mark_begun()
-    resumed = Samples(tmp_path / "samples.json")
-    assert resumed.begun
-    resumed.add("heldout", answers("after it"), num=1)
-    (row,) = resumed.content["sets"]["heldout"]
-    assert (row["before"], row["after"]) == ("before the kill 0", "after it 0")
-
-
-def test_answers_of_a_start_that_was_killed_halfway_do_not_count(tmp_path: Path) -> None:
-    Samples(tmp_path / "samples.json").add("heldout", answers("before the kill"), num=1)
-    again = Samples(tmp_path / "samples.json")
-    assert not again.begun
-    again.add("heldout", answers("asked again"), num=1)
-    (row,) = again.content["sets"]["heldout"]
-    assert (row["before"], row.get("after")) == ("asked again 0", None)
-
-
-def test_the_reference_is_judged_over_all_its_answers_and_shown_beside_the_samples(tmp_path: Path) -> None:
-    samples = Samples(tmp_path / "samples.json")
-    samples.add("heldout", answers("old"), num=1)
-    prompts = ["the cat", "the dog", "the"]
-    texts = [" sleeps .", " dog dog", " cat sleeps ."]
-    samples.add_reference("heldout", prompts, texts, judge="grammatical")
-    assert samples.content["reference_rates"] == {"heldout": pytest.approx(2 / 3)}
-    (row,) = samples.content["sets"]["heldout"]
-    assert (row["reference"], row["grammatical_reference"]) == (texts[0], True)
-    assert summarize_run([], samples.content)["grammatical_reference"] == pytest.approx(2 / 3)
-
-
-def test_without_a_judge_the_reference_is_shown_and_has_no_rate(tmp_path: Path) -> None:
-    samples = Samples(tmp_path / "samples.json")
-    samples.add("train", answers("old"), num=3)
-    samples.add_reference("train", ["p"], ["text 我"], judge=None)
-    assert "reference_rates" not in samples.content
-    stored = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
-    assert stored["sets"]["train"][0]["reference"] == "text 我"

@@ -128,7 +128,7 @@ with RunFolder(Path(sys.argv[1]), resolved(config())).lock():
 
 def test_a_run_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     root = REPOSITORY
-    died = subprocess.run([sys.executable, "-c", HOLD_AND_DIE, str(tmp_path)], cwd=root, timeout=60)
+    died = subprocess.run([sys.executable, "-c", HOLD_AND_DIE, str(tmp_path)], cwd=root, timeout=300)
     assert died.returncode == -9
     assert (tmp_path / ".lock").is_file()
     with RunFolder(tmp_path, resolved(config())).lock():

@@ -12,7 +12,7 @@ from align.data.types import ScoredGroup
 from cluster.faults import ConfigError
 from cluster.record import transcripts
 from cluster.record.folder import RunFolder
-from cluster.record.transcripts import Trajectories
+from cluster.record.trajectories import Trajectories
 from cluster.spec.config import resolved
 from cluster.views.inspect import token_view, view
 from cluster.views.selection import Selection, ends

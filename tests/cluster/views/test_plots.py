@@ -4,7 +4,8 @@ import re
 from xml.etree import ElementTree
 
 from align.metrics import GLOSSARY
-from cluster.views import plots as curves
+from cluster.views.panels import FURTHER_PANELS, PANELS, Panel, non_positive, present
+from cluster.views.plots import SERIES_COLORS, draw_panel, draw_picture
 
 
 def texts_of(svg: str) -> list[str]:
@@ -12,9 +13,9 @@ def texts_of(svg: str) -> list[str]:
 
 
 def test_every_metric_that_a_panel_draws_is_in_the_glossary() -> None:
-    drawn = {name for panel in (*curves.PANELS, *curves.FURTHER_PANELS) for name, _ in panel.curves}
+    drawn = {name for panel in (*PANELS, *FURTHER_PANELS) for name, _ in panel.curves}
     assert drawn - GLOSSARY.keys() == set()
-    assert all(len(panel.curves) <= len(curves.SERIES_COLORS) for panel in curves.PANELS)
+    assert all(len(panel.curves) <= len(SERIES_COLORS) for panel in PANELS)
 
 
 def test_the_picture_has_one_titled_plot_for_each_panel_that_has_metrics() -> None:
@@ -23,37 +24,37 @@ def test_the_picture_has_one_titled_plot_for_each_panel_that_has_metrics() -> No
         "eval/heldout/kl_per_token": {0: 0.7},
         "eval/heldout/grammatical": {0: 0.1},
     }
-    panels = curves.present(curves.PANELS, series)
+    panels = present(PANELS, series)
     assert [panel.title for panel in panels] == ["KL to the reference", "Judged grammatical"]
-    texts = texts_of(curves.draw_picture(panels, series, target=0.9))
-    assert {panel.title for panel in curves.PANELS} & set(texts) == {panel.title for panel in panels}
+    texts = texts_of(draw_picture(panels, series, target=0.9))
+    assert {panel.title for panel in PANELS} & set(texts) == {panel.title for panel in panels}
     assert {"held-out", "rollouts", "reference"} <= set(texts)
     assert "train" not in texts
 
 
 def test_a_run_of_one_step_shows_its_only_point() -> None:
-    panel = curves.Panel("One", "", (("a/b", "b"),))
-    svg = curves.draw_panel(panel, {"a/b": {1: 0.5}})
+    panel = Panel("One", "", (("a/b", "b"),))
+    svg = draw_panel(panel, {"a/b": {1: 0.5}})
     assert svg.count("<use ") == 1
     assert texts_of(svg)[:3] == ["0", "1", "2"], "steps are whole numbers"
 
 
 def test_the_reference_is_a_dashed_line_where_it_was_judged_and_nowhere_else() -> None:
     dashed = []
-    for panel in curves.PANELS:
+    for panel in PANELS:
         series = {panel.curves[0][0]: {0: 0.25, 1: 0.5}}
-        if "stroke-dasharray" in curves.draw_panel(panel, series, target=0.9):
+        if "stroke-dasharray" in draw_panel(panel, series, target=0.9):
             dashed.append(panel.title)
     assert dashed == ["Judged grammatical"]
 
 
 def test_a_log_panel_without_a_positive_value_is_drawn_on_a_plain_scale() -> None:
     series = {"kl/behavior_reference": {0: -0.5, 1: -0.25}}
-    assert curves.non_positive(curves.PANELS[0], series) == 0
-    assert ">-0.5<" in curves.draw_panel(curves.PANELS[0], series)
+    assert non_positive(PANELS[0], series) == 0
+    assert ">-0.5<" in draw_panel(PANELS[0], series)
 
 
 def test_a_drawing_for_the_page_has_only_colours_that_follow_the_colour_scheme() -> None:
-    svg = curves.draw_panel(curves.PANELS[1], {"eval/train/grammatical": {0: 0.25, 1: 0.5}}, target=0.9)
+    svg = draw_panel(PANELS[1], {"eval/train/grammatical": {0: 0.25, 1: 0.5}}, target=0.9)
     assert re.findall(r"#[0-9a-f]{6}\b", svg) == []
     assert set(re.findall(r"var\((--c\d)\)", svg)) == {"--c1", "--c5", "--c6"}

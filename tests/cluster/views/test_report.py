@@ -11,7 +11,8 @@ import pytest
 
 from align.metrics import GLOSSARY, Definition
 from cluster.views.plots import COLORS
-from cluster.views.report import duration, memory, number, percent, read_run, verdict, write_report
+from cluster.views.report import verdict, write_report
+from cluster.views.run_record import read_run
 
 FINISHED = {
     "status": "finished",
@@ -305,24 +306,3 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_named(tmp_path: Path) ->
     page = Page(write_report(write_run(tmp_path, rows=(*rows, {"step": 3, "staleness/max": float("inf")}))))
     assert "-1 → nan nats" in page.text
     assert not re.search(r"\b(nan|inf)\b", "".join(re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)))
-
-
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        (number(None), "–"),
-        (number(1.512), "1.51"),
-        (number(1234567), "1,234,567"),
-        (number(2.34e-6), "2.34e-06"),
-        (percent(0.0), "0%"),
-        (percent(0.004), "0.4%"),
-        (percent(0.0625), "6%"),
-        (percent(0.996), "99.6%"),
-        (duration(61), "1 min 01 s"),
-        (duration(7500), "2 h 05 min"),
-        (memory(5 * 2**20), "5 MiB"),
-        (memory(1.5 * 2**30), "1.5 GiB"),
-    ],
-)
-def test_numbers_are_written_with_the_digits_that_count(shown: str, expected: str) -> None:
-    assert shown == expected

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from cluster.faults import TrackingError, WrongEntity
+from cluster.record.sinks.wandb.process import give_up
 from cluster.record.sinks.wandb.settings import WandbConfig
 
 _ASK_S = 15
@@ -42,6 +43,7 @@ def check_online(cfg: WandbConfig, warn: Any) -> bool:
         wandb.login(prompt=False, verify=True)
     except AuthenticationError as error:
         if "Failed to execute API request" in str(error):  # the server is there but does not answer
+            give_up()
             warn(f"the W&B server {server} does not answer; the run is recorded offline (wandb sync uploads it later)")
             return False
         raise TrackingError(f"W&B refused the key: {error}", advice) from None

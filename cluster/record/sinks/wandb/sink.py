@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.metrics import GLOSSARY
+from cluster.record.sinks.wandb import process
 from cluster.record.sinks.wandb.axes import AXES, axis_of, summary_of
 from cluster.record.sinks.wandb.identity import claim_run_id
 from cluster.record.sinks.wandb.settings import WandbConfig
+from cluster.record.sinks.wandb.upload import Upload
 
 if TYPE_CHECKING:
     from cluster.record.alerts import Alert
@@ -57,7 +56,6 @@ class WandbSink:
         self._open()
 
     def _open(self) -> None:
-        import psutil
         import wandb
 
         # W&B stages tables in the user's home, which need not outlive a job; the record is to be complete where it lies.
@@ -79,14 +77,11 @@ class WandbSink:
             config=self._config,
             settings=settings,
         )
-        self._writers = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+        self._writers = process.running()
         self.directory = Path(self.run.settings.sync_dir)
         self._define()
-        self._upload = _start_upload(self.directory, self._upload_log) if self._online else None
-
-    @property
-    def _upload_log(self) -> Path:
-        return self._run_dir / "wandb" / "upload.log"
+        log = self._run_dir / "wandb" / "upload.log"
+        self._upload = Upload(self.directory, log) if self._online else None
 
     def _lost_writer(self) -> bool:
         """Whether W&B's process was ended; Ray signals it together with the run when a job is stopped.
@@ -94,12 +89,10 @@ class WandbSink:
         The connection to it is given up here, or W&B would complain at the end.
         """
         import psutil
-        import wandb
 
         if all(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in self._writers):
             return False
-        with contextlib.suppress(Exception):
-            wandb.teardown()
+        process.give_up()
         return True
 
     def _define(self) -> None:
@@ -127,11 +120,9 @@ class WandbSink:
         return {"step": step, "trained_tokens": trained, "wall_s": self._earlier_s + wall_s}
 
     def _look_after_upload(self) -> None:
-        if self._upload is not None and self._upload.poll() is not None:
-            self._upload = None
-            self._warn(
-                f"{_why_upload_ended(self._upload_log)}; the record goes on on disk: wandb sync {self.directory}"
-            )
+        if self._upload is not None and self._upload.ended:
+            why, self._upload = self._upload.why_ended(), None
+            self._warn(f"{why}; the record goes on on disk: wandb sync {self.directory}")
 
     def alert(self, alert: Alert) -> None:
         """See `AlertSink`. W&B tells whoever asked it to: by mail or chat, as their settings there say."""
@@ -144,33 +135,9 @@ class WandbSink:
         if not self._lost_writer():
             self.run.finish()
         if self._upload is not None:
-            try:
-                self._upload.wait(self._cfg.deadline_s)
-            except subprocess.TimeoutExpired:
-                self._upload.kill()
-                self._upload.wait()
+            self._upload.finish(self._cfg.deadline_s)
 
     @property
     def uploaded(self) -> bool:
         """True if all of an online run reached the server."""
-        return self._upload is not None and self._upload.returncode == 0
-
-
-def _start_upload(directory: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "wandb", "beta", "sync", "--live", "--yes", str(directory)]
-    with log.open("ab") as output:
-        # In a session of its own, since a Ctrl-C in the terminal is not for it.
-        return subprocess.Popen(
-            command,
-            env=os.environ | {"WANDB_SILENT": "false"},  # so that it says why it ends
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def _why_upload_ended(log: Path) -> str:
-    texts = (line.removeprefix("wandb:").strip().removeprefix("ERROR").strip() for line in log.open(errors="replace"))
-    said = [text for text in texts if text]
-    return f"the upload to W&B ended ({said[-1] if said else 'without a word'})"
+        return self._upload is not None and self._upload.complete
