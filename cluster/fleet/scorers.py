@@ -14,7 +14,7 @@ from align.metrics import Metric
 from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, WrongWeights, reason
 from cluster.fleet.handles import Handle, spend
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.loop.saved_reference import SavedReference
 from cluster.loop.span import Span
 

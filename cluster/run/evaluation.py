@@ -12,7 +12,7 @@ from cluster.faults import ActorLost
 from cluster.fleet.placement import Workers
 from cluster.fleet.publication import FleetHandle
 from cluster.loop.answer import Answer
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.record.figures import Samples
 from cluster.spec.config import RunConfig
 from cluster.spec.inputs import Inputs

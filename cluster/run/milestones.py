@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from align.metrics import Metric
 from cluster.loop.buffer import Buffer
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.run.evaluation import Evaluator, metrics_of
 from cluster.run.memory import MemoryMeter
 from cluster.run.recording import Recording

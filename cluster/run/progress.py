@@ -9,6 +9,7 @@ from typing import Protocol
 
 from align.data.prompts import PromptStream
 from align.data.types import Prompt, Ticket
+from cluster.loop.fate import Fate, settled_before
 from cluster.loop.filtering import Filter
 from cluster.loop.goodput import Goodput
 from cluster.loop.ledger import Ledger
@@ -62,7 +63,8 @@ class Progress:
         self.prompts = PromptStream(prompts, cfg.run.group_size, cfg.run.seed, state.cursor, leased, self.filter.visits)
         self.quarantine = Quarantine(cfg.quarantine, path / "quarantine.jsonl", state.quarantine)
         goodput = Goodput.resumed(read_lines(path / "metrics.jsonl"), state.version)
-        self.ledger = Ledger(state.num_trained, state.num_filtered, state.num_quarantined, goodput)
+        settled = settled_before(state.quarantine, state.filter)
+        self.ledger = Ledger(state.num_trained, state.num_filtered, state.num_quarantined, goodput, settled)
 
     @property
     def _checkpoints(self) -> Path:
@@ -105,16 +107,16 @@ class Progress:
         return (await checkpoint.save(self._checkpoints, state, keep, write)).path
 
     def _state(self, step: int, reference: MovingReference) -> RunState:
-        saved, in_flight = reference.saved, self.ledger.in_flight
+        saved, ledger = reference.saved, self.ledger
         return RunState(
             version=step,
             cursor=self.prompts.cursor,
-            leased=tuple(sorted([*self.prompts.returned, *in_flight])),
-            num_trained=self.ledger.num_trained,
-            num_filtered=self.ledger.num_filtered,
-            num_quarantined=self.ledger.num_quarantined,
-            quarantine=self.quarantine.state(in_flight),
-            filter=self.filter.state(),
+            leased=tuple(sorted([*self.prompts.returned, *ledger.in_flight])),
+            num_trained=ledger.num[Fate.TRAINED],
+            num_filtered=ledger.num[Fate.FILTERED],
+            num_quarantined=ledger.num[Fate.QUARANTINED],
+            quarantine=self.quarantine.state(ledger.settled),
+            filter=self.filter.state(ledger.settled),
             reference_version=saved.version if saved else 0,
             reference_fingerprint=saved.fingerprint if saved else "",
             wandb_id=known_run_id(self._path) or "",

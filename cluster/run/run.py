@@ -8,7 +8,8 @@ import time
 from cluster.faults import INTERRUPTED
 from cluster.fleet.placement import Workers, start_workers
 from cluster.loop.buffer import Buffer
-from cluster.loop.loop import Rollout, Run, run_loop
+from cluster.loop.loop import Run, run_loop
+from cluster.loop.rollout import Rollout
 from cluster.record.folder import RunFolder
 from cluster.record.sinks.console import Console
 from cluster.run.ending import Status, write_end

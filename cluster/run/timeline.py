@@ -9,7 +9,7 @@ from pathlib import Path
 
 from align.metrics import Metric, reduce
 from cluster.loop.buffer import Buffer
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.record.trace import Trace
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
 from cluster.faults import RestartBudgetSpent
 from cluster.loop.buffer import Buffer
+from cluster.loop.fate import Fate, settled_before
 from cluster.loop.filtering import Filter, FilterConfig
 from cluster.loop.goodput import Goodput
 from cluster.loop.ledger import Ledger
-from cluster.loop.loop import Rollout, Run, run_loop
+from cluster.loop.loop import Run, run_loop
 from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
+from cluster.loop.rollout import Rollout
 
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1, 2)) for number in range(5)]
 GROUP_SIZE = 2
@@ -178,6 +181,17 @@ class LoggedBuffer(Buffer[Rollout]):
         super().release()
 
 
+class LoggedPrompts(PromptStream):
+    """Real prompts that also write what is given back into the log."""
+
+    world: World
+
+    def give_back(self, tickets: Iterable[Ticket]) -> None:
+        tickets = list(tickets)
+        self.world.log += [("given back", ticket.number) for ticket in tickets]
+        super().give_back(tickets)
+
+
 def make_run(
     world: World,
     *,
@@ -193,9 +207,12 @@ def make_run(
     leased: Sequence[int] = (),
     num_trained: int = 0,
     num_filtered: int = 0,
+    num_quarantined: int = 0,
     filtering: FilterConfig | None = None,
     filter_state: Mapping[str, Any] | None = None,
-    quarantine: Quarantine | None = None,
+    quarantining: QuarantineConfig | None = None,
+    quarantine_path: Path = Path(os.devnull),
+    quarantine_state: Mapping[str, Any] | None = None,
     goodput: Goodput | None = None,
     refresh_every: int = 0,
 ) -> Run:
@@ -203,21 +220,39 @@ def make_run(
     buffer.world = world
     actors = [FakeActor(world, rank, version, max_groups) for rank in range(num_actors)]
     filter_ = Filter(filtering or FilterConfig(), groups_per_step, 7, state=filter_state)
+    prompts = LoggedPrompts(PROMPTS, group_size, 7, cursor, deque(leased), filter_.visits)
+    prompts.world = world
+    settled = settled_before(quarantine_state or {}, filter_state or {})
     return Run(
-        prompts=PromptStream(PROMPTS, group_size, 7, cursor, deque(leased), filter_.visits),
+        prompts=prompts,
         buffer=buffer,
         fleet=FakeFleet(world, actors, version, restarts),
         scorer=FakeScorer(world),
-        quarantine=quarantine or Quarantine(QuarantineConfig(), Path(os.devnull)),
+        quarantine=Quarantine(quarantining or QuarantineConfig(), quarantine_path, quarantine_state),
         filter=filter_,
         learner=FakeLearner(world),
         reference=FakeReference(world, refresh_every),
         observer=FakeObserver(world),
-        ledger=Ledger(num_trained, num_filtered, goodput=goodput),
+        ledger=Ledger(num_trained, num_filtered, num_quarantined, goodput, settled),
         max_staleness=max_staleness,
         first_step=version + 1,
         last_step=steps,
     )
+
+
+def saved(run: Run, version: int) -> dict[str, Any]:
+    """What a checkpoint keeps of a run that has ended, as `make_run` takes it up again; through JSON, as a file would."""
+    state = {
+        "version": version,
+        "cursor": run.prompts.cursor,
+        "leased": sorted([*run.prompts.returned, *run.ledger.in_flight]),
+        "num_trained": run.ledger.num[Fate.TRAINED],
+        "num_filtered": run.ledger.num[Fate.FILTERED],
+        "num_quarantined": run.ledger.num[Fate.QUARANTINED],
+        "quarantine_state": run.quarantine.state(run.ledger.settled),
+        "filter_state": run.filter.state(run.ledger.settled),
+    }
+    return dict(json.loads(json.dumps(state)))
 
 
 def complete(work: Coroutine[Any, Any, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from align.data.types import Prompt
 from cluster.loop.answer import Answer
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.loop.saved_reference import SavedReference
 from tests.fakes.loop import FakeActor, FakeFleet, FakeLearner, FakeScorer, World
 

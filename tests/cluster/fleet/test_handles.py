@@ -19,7 +19,7 @@ from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDiverged, WrongWeights
 from cluster.fleet.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
 from cluster.fleet.scorers import ScorerHandle, ScorerPool
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.loop.span import Span
 
 TICKET = Ticket(5, Prompt("p", "prompt", (1, 2)), (7,))

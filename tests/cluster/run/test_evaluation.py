@@ -15,7 +15,7 @@ from align.metrics import reduce
 from cluster.faults import ActorLost, RestartBudgetSpent
 from cluster.fleet.placement import Workers
 from cluster.loop.answer import Answer
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.record.figures import Samples
 from cluster.run.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.spec.config import RunConfig

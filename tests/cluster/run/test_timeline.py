@@ -7,7 +7,7 @@ from pathlib import Path
 from align.data.types import Ticket
 from align.metrics import Metric
 from cluster.loop.buffer import Buffer
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.loop.span import Span
 from cluster.run.timeline import Timeline
 from tests.fakes.loop import PROMPTS
