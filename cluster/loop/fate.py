@@ -47,9 +47,11 @@ def settled_before(quarantine: Mapping[str, Any], filtering: Mapping[str, Any]) 
         quarantine: From `Quarantine.state`.
         filtering: From `Filter.state`.
     """
-    judged = {number: counts for number, *counts in quarantine.get("decided", ())}
-    filtered = [
-        Entry(number, prompt_id, *judged.pop(number, (0, 0)), pass_rate, Fate.FILTERED)
-        for number, prompt_id, pass_rate in filtering.get("dropped", ())
-    ]
-    return filtered + [Entry(number, "", *counts, fate=Fate.QUARANTINED) for number, counts in judged.items()]
+    judged = {number: (num, failed) for number, num, failed in quarantine.get("decided", ())}
+    entries = []
+    for number, prompt_id, pass_rate in filtering.get("dropped", ()):
+        num_judged, num_failed = judged.pop(number, (0, 0))
+        entries.append(Entry(number, prompt_id, num_judged, num_failed, pass_rate, Fate.FILTERED))
+    for number, (num_judged, num_failed) in judged.items():
+        entries.append(Entry(number, "", num_judged, num_failed, fate=Fate.QUARANTINED))
+    return entries
