@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,11 @@ from cluster.faults import ActorLost, RestartBudgetSpent
 from cluster.fleet.placement import Workers
 from cluster.loop.answer import Answer
 from cluster.loop.rollout import Rollout
+from cluster.record.figures import Samples
 from cluster.run.evaluation import Evaluator, fixed_tickets, metrics_of
+from cluster.spec.config import RunConfig
+from cluster.spec.inputs import Inputs
+from tests.fakes.run_files import config
 
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1,)) for number in range(6)]
 
@@ -104,10 +110,15 @@ class FakeFleet:
 class FakeScorers:
     def __init__(self) -> None:
         self.parts: list[int] = []
+        self.sampled: list[list[str]] = []
 
     async def log_distributions(self, rollouts: Sequence[Rollout]) -> list[str]:
         self.parts.append(len(rollouts))
         return [f"distributions of {rollout.payload}" for rollout in rollouts]
+
+    async def sample(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[str]:
+        self.sampled.append([prompt.id for prompt in prompts])
+        return [f"the reference's {number}" for number in range(len(prompts))]
 
 
 class FakeLearner:
@@ -171,3 +182,53 @@ def test_a_replacement_that_is_lost_too_is_replaced_again() -> None:
 def test_an_evaluation_ends_the_run_when_the_restarts_are_spent() -> None:
     with pytest.raises(RestartBudgetSpent, match="killed by the test"):
         evaluate(FakeFleet([FakeActor(0, dead=True)], [FakeActor(0, dead=True)]), FakeScorers())
+
+
+# --- of a run -------------------------------------------------------------------------------------------------------
+
+INPUTS = Inputs(train=PROMPTS[:4], heldout=PROMPTS[4:], num_left_out=0, vocab_size=100, weights_bytes=1)
+
+
+def of_run(scorers: FakeScorers, inputs: Inputs = INPUTS, **evaluation: Any) -> tuple[Evaluator, RunConfig]:
+    cfg = config(evaluation=evaluation, sampling={"max_tokens": 5})
+    workers = Workers(FakeFleet([FakeActor(0)], []), scorers, FakeLearner())  # type: ignore[arg-type]
+    return Evaluator.of_run(cfg, inputs, PromptStream(inputs.train, 2, seed=0), workers), cfg
+
+
+def prompts_of(evaluator: Evaluator) -> dict[str, list[str]]:
+    return {name: [ticket.prompt.id for ticket in tickets] for name, tickets in evaluator.sets.items()}
+
+
+def test_a_run_evaluates_heldout_prompts_and_the_first_that_it_trains_on() -> None:
+    evaluator, _ = of_run(FakeScorers(), max_prompts=3, group_size=4)
+    order = PromptStream(INPUTS.train, 2, seed=0)
+    assert prompts_of(evaluator) == {"heldout": ["p4", "p5"], "train": [order.next().prompt.id for _ in range(3)]}
+    assert {len(ticket.seeds) for tickets in evaluator.sets.values() for ticket in tickets} == {4}
+
+
+def test_a_run_without_heldout_prompts_evaluates_the_others_alone() -> None:
+    evaluator, _ = of_run(FakeScorers(), Inputs(PROMPTS[:2], [], 0, 100, 1))
+    assert list(evaluator.sets) == ["train"]
+    assert sorted(prompts_of(evaluator)["train"]) == ["p0", "p1"]
+
+
+@pytest.mark.parametrize(("judge", "heldout"), [(None, ["p4"]), ("grammatical", ["p4", "p5"])])
+def test_the_reference_answers_what_is_shown_and_all_prompts_where_a_judge_counts(
+    judge: str | None, heldout: list[str], tmp_path: Path
+) -> None:
+    scorers = FakeScorers()
+    evaluator, cfg = of_run(scorers, judge=judge, num_samples=1, group_size=2)
+    samples = Samples(tmp_path / "samples.json")
+    for name, answers in asyncio.run(evaluator.evaluate()).items():
+        samples.add(name, answers, 1)
+    asyncio.run(evaluator.sample_reference(cfg, samples))
+    assert scorers.sampled[0] == 2 * heldout, "as many answers as of the policy"
+    assert [row["reference"] for row in samples.content["sets"]["heldout"]] == ["the reference's 0"]
+    assert ("reference_rates" in samples.content) == (judge is not None)
+
+
+def test_where_no_answers_are_shown_or_counted_the_reference_is_not_asked(tmp_path: Path) -> None:
+    scorers = FakeScorers()
+    evaluator, cfg = of_run(scorers, num_samples=0)
+    asyncio.run(evaluator.sample_reference(cfg, Samples(tmp_path / "samples.json")))
+    assert scorers.sampled == []
