@@ -51,19 +51,6 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }
 
 
-def classify(case: Case) -> Verdict:
-    """The verdict on a case.
-
-    Raises:
-        KeyError: If nobody said what its function is.
-    """
-    if case.function in NOT_OFFERED:
-        return NotOffered(NOT_OFFERED[case.function])
-    if case.function not in HANDLERS:
-        raise KeyError(f"{case.function} is not classified")
-    return HANDLERS[case.function](case)
-
-
 # --- advantages --------------------------------------------------------------------------------------------------
 
 

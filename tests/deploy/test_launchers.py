@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.harness.commands import wait_until
 from tests.places import DEPLOY
 
 CLOUDS = sorted((DEPLOY / "ray").glob("*.yaml"))
@@ -96,7 +96,7 @@ def home(tmp_path: Path) -> Path:
 def node(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": f"{home}/bin:/usr/bin:/bin", "HOME": str(home)} | environment
     return subprocess.run(
-        [DEPLOY / "bare" / "node.sh", *arguments], env=env, capture_output=True, text=True, timeout=20
+        [DEPLOY / "bare" / "node.sh", *arguments], env=env, capture_output=True, text=True, timeout=60
     )
 
 
@@ -162,7 +162,7 @@ def start(slurm: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def test_the_code_of_the_run_is_that_of_the_job_though_ray_loses_it(slurm: Path) -> None:
     script(slurm / "bin" / "align", f'echo "$RAY_ADDRESS $*" > {slurm}/align', "exit 6")
-    assert start(slurm, "run.toml", "--set", "run.dir=/shared/a b").wait(timeout=20) == 6
+    assert start(slurm, "run.toml", "--set", "run.dir=/shared/a b").wait(timeout=60) == 6
     address, *words = (slurm / "align").read_text().split(" ", 1)
     assert re.fullmatch(r"[\d.]+:6379", address) and words == ["train run.toml --set run.dir=/shared/a b\n"]
     assert (slurm / "ray").read_text().startswith(f"symmetric-run --address {address} --min-nodes 2 ")
@@ -171,18 +171,16 @@ def test_the_code_of_the_run_is_that_of_the_job_though_ray_loses_it(slurm: Path)
 
 def test_a_ray_that_could_not_be_started_fails_the_job(slurm: Path) -> None:
     script(slurm / "bin" / "ray", "exit 0")
-    assert start(slurm, "run.toml").wait(timeout=20) == 1
+    assert start(slurm, "run.toml").wait(timeout=60) == 1
 
 
 def test_when_the_time_is_almost_up_the_run_saves_and_the_job_is_queued_again(slurm: Path) -> None:
     ends = f"trap 'touch {slurm}/saved; exit 130' TERM"
     script(slurm / "bin" / "align", ends, f"touch {slurm}/running", "while :; do sleep 0.05; done")
     job = start(slurm, "run.toml")
-    deadline = time.monotonic() + 10
-    while not (slurm / "running").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((slurm / "running").exists, "the run's start", timeout_s=60)
     os.kill(job.pid, signal.SIGTERM)
-    assert job.wait(timeout=20) == 130
+    assert job.wait(timeout=60) == 130
     assert (slurm / "saved").exists() and (slurm / "scontrol").read_text() == "requeue 17\n"
     assert [path for path in slurm.iterdir() if path.name.startswith("tmp.")] == []  # the notes are gone
 
@@ -190,7 +188,7 @@ def test_when_the_time_is_almost_up_the_run_saves_and_the_job_is_queued_again(sl
 def test_without_a_token_no_machine_is_taken(slurm: Path) -> None:
     (slurm / ".ray" / "auth_token").unlink()
     job = start(slurm, "run.toml")
-    assert job.wait(timeout=20) == 2 and not (slurm / "ray").exists()
+    assert job.wait(timeout=60) == 2 and not (slurm / "ray").exists()
 
 
 def test_the_whole_machines_are_the_jobs_since_ray_ends_every_ray_on_them() -> None:

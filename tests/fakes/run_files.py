@@ -51,6 +51,16 @@ def refused(path: Path, *overrides: str) -> str:
     return caught.value.message
 
 
+def write_answers(folder: Path, tiny_task: Path) -> dict[str, Path]:
+    """The prompts of the tiny task, each with the answer "my", which its policy gives in about a fifth of all cases."""
+    files = {}
+    for name in ("train", "heldout"):
+        rows = map(json.loads, (tiny_task / "prompts" / f"{name}.jsonl").read_text().splitlines())
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps({**row, "answer": "my"}) + "\n" for row in rows))
+    return files
+
+
 def write_prompts(path: Path, *prompts: str) -> Path:
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
     return path

@@ -65,6 +65,11 @@ class AlignProcess:
             time.sleep(0.5)
         return [" ".join(p.cmdline())[:200] for p in left if p.is_running()]
 
+    def kill_engine(self) -> None:
+        """What the kernel does to the process of the only engine when memory runs out."""
+        (engine,) = [process for process in self.descendants() if "EngineCore" in " ".join(process.cmdline())]
+        os.kill(engine.pid, signal.SIGKILL)
+
     def descendants(self) -> list[psutil.Process]:
         """All running processes with the mark, the command itself excepted."""
         found = []

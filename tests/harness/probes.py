@@ -39,7 +39,7 @@ class Probe:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(command, text=True, cwd=REPOSITORY, env=os.environ | _QUIET, **pipes)
 
-    def answer(self, timeout_s: float = 400) -> dict[str, Any]:
+    def answer(self, timeout_s: float = 900) -> dict[str, Any]:
         """What it found."""
         try:
             console, errors = self._process.communicate(timeout=timeout_s)

@@ -113,7 +113,7 @@ async def truncated_sampling(engine: Any, weights: Weights) -> dict[str, Any]:
         for row, token, reported in zip(logits, completion.token_ids, completion.logprobs, strict=True):
             worst = max(worst, abs(_truncated_logprob(row, token, 10, 0.8) - reported))
             worst_full = max(worst_full, abs(float(torch.log_softmax(row, -1)[token]) - reported))
-            limited, _ = restricted(row[None], torch.tensor([token]), 10, 0.8)
+            limited, _ = restricted(row[None], torch.tensor([token]), Sampling(1.0, 10, 0.8))
             worst_learner = max(worst_learner, abs(float(torch.log_softmax(limited[0], -1)[token]) - reported))
     return {
         "truncated_max": worst,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -57,9 +55,7 @@ def test_an_engine_that_takes_the_place_of_a_dead_one_has_the_current_adapter_of
     ranks = ("learner.num_ranks=2", "learner.num_cpus=0.5")
     process = AlignProcess(*command(folder, *SETTINGS, *ranks))
     wait_until(lambda: last_step(folder) >= 2, "step 2")
-    engines = [p for p in process.descendants() if "EngineCore" in " ".join(p.cmdline())]
-    assert len(engines) == 1
-    os.kill(engines[0].pid, signal.SIGKILL)
+    process.kill_engine()
     code, console = process.wait(300)
     assert code == 0, console[-4000:]
     assert process.left_behind() == []

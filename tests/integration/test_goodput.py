@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 
 from cluster.loop.goodput import FATES
+from tests.fakes.run_files import write_answers
 from tests.harness.commands import align, summary, trajectories
 from tests.harness.trace_events import assert_phases_tile_the_steps, read_events, tracks
 
@@ -21,11 +22,7 @@ HANGS = r"\bmy\b|\bthe\b(?:[a-z .]+)+!"  # where a long rest follows "the", as a
 
 
 def write_run(folder: Path, tiny_task: Path) -> Path:
-    files = {}
-    for name in ("train", "heldout"):
-        rows = map(json.loads, (tiny_task / "prompts" / f"{name}.jsonl").read_text().splitlines())
-        files[name] = folder / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({**row, "answer": "my"}) + "\n" for row in rows))
+    files = write_answers(folder, tiny_task)
     content = {
         "run": {"seed": 1, "steps": STEPS, "prompts_per_step": PROMPTS, "group_size": GROUP_SIZE, "max_staleness": 1},
         "policy": {"model": str(tiny_task / "policy")},

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -53,9 +51,7 @@ def test_a_dead_engine_is_replaced_and_no_prompt_is_lost_or_trained_twice(tmp_pa
     more = ("--set", "run.max_staleness=1", "--set", "algorithm.importance=truncated", "--set", "run.steps=10")
     command = AlignProcess("train", DEMO, *SMALL, *more, "--set", f"run.dir={folder}")
     wait_until(lambda: last_step(folder) >= 2, "step 2")
-    engines = [p for p in command.descendants() if "EngineCore" in " ".join(p.cmdline())]
-    assert len(engines) == 1
-    os.kill(engines[0].pid, signal.SIGKILL)
+    command.kill_engine()
     code, console = command.wait(300)
     assert code == 0, console[-4000:]
     assert command.left_behind() == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from tests.fakes.run_files import write_answers
 from tests.harness.commands import align, summary, trajectories
 
 pytestmark = pytest.mark.integration
@@ -17,11 +18,7 @@ GROUP_SIZE = 8
 
 def write_run(folder: Path, tiny_task: Path) -> Path:
     """GRPO pays completions that say the word of the row; the policy says it in about a fifth of them."""
-    files = {}
-    for name in ("train", "heldout"):
-        rows = map(json.loads, (tiny_task / "prompts" / f"{name}.jsonl").read_text().splitlines())
-        files[name] = folder / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({**row, "answer": "my"}) + "\n" for row in rows))
+    files = write_answers(folder, tiny_task)
     content = {
         "run": {"name": "outcome", "seed": 1, "steps": 12, "prompts_per_step": 16, "group_size": GROUP_SIZE},
         "policy": {"model": str(tiny_task / "policy")},

@@ -17,9 +17,10 @@ from align.algorithm.objective import Objective
 from align.data.batching import Batch, collate
 from align.model.policy import Policy
 from tests.fakes.batches import group_batch, three_rows
-from tests.fakes.learners import EXTRA, new_learner, reduced, update, weights
+from tests.fakes.learners import EXTRA, new_learner, reduced, update
 from tests.fakes.trajectories import make_scored, make_trajectory
-from tests.oracles.equality import assert_bitwise, assert_close
+from tests.oracles.equality import assert_bitwise
+from tests.oracles.micro_batches import assert_cuts_are_equal
 from tests.oracles.tabular import TabularLM
 
 NAMES = sorted(BUNDLES)
@@ -150,17 +151,7 @@ def test_what_contradicts_is_told_before_what_is_read_by_nothing() -> None:
 def test_how_a_batch_is_cut_changes_neither_gradient_nor_metrics_of_any_bundle(
     new_policy: Any, name: str, more: dict[str, Any]
 ) -> None:
-    results = []
-    for max_tokens in (10_000, 24, 1):
-        learner = new_learner(new_policy(), max_tokens, name=name, **EXTRA.get(name, {}), **more)
-        gradients, stats = update(learner, group_batch())
-        results.append((gradients, weights(learner), reduced(stats)))
-    (gradients, after, values), *others = results
-    assert max(float(g.abs().max()) for g in gradients.values()) > 1e-4
-    for other_gradients, other_after, other_values in others:
-        assert_close(other_gradients, gradients)
-        assert_close(other_after, after, rtol=1e-5)
-        assert other_values == pytest.approx(values, rel=1e-4, abs=1e-5)
+    assert_cuts_are_equal(new_policy, group_batch(), 1e-4, name=name, **EXTRA.get(name, {}), **more)
 
 
 @pytest.mark.parametrize("name", NAMES)

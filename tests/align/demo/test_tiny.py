@@ -105,7 +105,7 @@ def test_the_loss_mask_covers_the_real_tokens_except_the_first(built: Path) -> N
 
 
 def test_each_model_prefers_the_kind_of_text_it_was_trained_on(tmp_path: Path) -> None:
-    tiny.build(tmp_path / "task", say=_quiet, steps=120)
+    tiny.build(tmp_path / "task", say=_quiet, steps=70)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "task" / "reference")
 
     def mean_loss(name: str, texts: Callable[[int], Iterator[str]]) -> float:

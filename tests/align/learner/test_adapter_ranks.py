@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -111,12 +110,28 @@ def four(folders: dict[int, Path], two: dict[str, Result]) -> tuple[dict[str, Re
     return first
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+FOUR = pytest.param("four", marks=pytest.mark.integration)
+"""More ranks than a small machine has CPUs: `make test-fast` leaves them out."""
+
+
+@pytest.fixture(params=["two", FOUR])
+def several(request: pytest.FixtureRequest) -> dict[str, Result]:
+    """What two ranks found, and four."""
+    found = request.getfixturevalue(request.param)
+    return found if request.param == "two" else found[0]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=["one", FOUR])
+def resumed(request: pytest.FixtureRequest, two: dict[str, Result], folders: dict[int, Path]) -> dict[str, Result]:
+    """What one rank, and four, go on with that two saved."""
+    return resume(Ranks(), folders[2]) if request.param == "one" else request.getfixturevalue("four")[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_learns_on_many_ranks_what_it_learns_on_one(
-    kind: str, num_ranks: int, one: dict[str, Result], two: dict[str, Result], four: tuple[dict[str, Result], Any]
+    kind: str, one: dict[str, Result], several: dict[str, Result]
 ) -> None:
-    found, expected = (two if num_ranks == 2 else four[0])[kind], one[kind]
+    found, expected = several[kind], one[kind]
     for these, those in zip(found["logged"], expected["logged"], strict=True):
         assert these == pytest.approx(those, rel=1e-5, abs=1e-6)
     assert_near(found["merged"], expected["merged"])
@@ -127,11 +142,8 @@ def test_an_adapter_learns_on_many_ranks_what_it_learns_on_one(
     assert moved and all("proj" in name for name in moved), "the comparison is of weights that have learned"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_engines_get_the_factors_that_one_rank_sends(
-    num_ranks: int, one: dict[str, Result], two: dict[str, Result], four: tuple[dict[str, Result], Any]
-) -> None:
-    found, expected = (two if num_ranks == 2 else four[0])["lora"]["sent"], one["lora"]["sent"]
+def test_engines_get_the_factors_that_one_rank_sends(one: dict[str, Result], several: dict[str, Result]) -> None:
+    found, expected = several["lora"]["sent"], one["lora"]["sent"]
     assert_near(found, expected, FACTOR_TOLERANCE)
     assert list(found) == list(expected)
     assert {name.split(".")[-2] for name in found} == {"lora_A", "lora_B"}
@@ -156,10 +168,9 @@ def test_both_folders_of_two_ranks_are_the_policy_that_they_publish(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_two_ranks_saved_one_and_four_go_on_with(
-    kind: str, two: dict[str, Result], four: tuple[Any, dict[str, Result]], folders: dict[int, Path]
+    kind: str, two: dict[str, Result], resumed: dict[str, Result]
 ) -> None:
-    saved = two[kind]
-    for resumed in (resume(Ranks(), folders[2])[kind], four[1][kind]):
-        assert_bitwise(resumed["merged"], saved["merged"])
-        assert_bitwise(resumed["adam"], saved["adam"])
-        assert resumed["next"] == pytest.approx(saved["next"], rel=1e-5, abs=1e-6)
+    saved, found = two[kind], resumed[kind]
+    assert_bitwise(found["merged"], saved["merged"])
+    assert_bitwise(found["adam"], saved["adam"])
+    assert found["next"] == pytest.approx(saved["next"], rel=1e-5, abs=1e-6)

@@ -150,6 +150,10 @@ def all_of(ranks: Ranks, folder: Path) -> Result:
     return found
 
 
+FOUR = pytest.param(4, marks=pytest.mark.integration)
+"""More ranks than a small machine has CPUs: `make test-fast` leaves them out."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
@@ -161,7 +165,7 @@ def one(folder: Path) -> Result:
     return all_of(Ranks(), folder)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, FOUR])
 def several(request: pytest.FixtureRequest, one: Result, folder: Path) -> list[Result]:
     """What two ranks found, and four."""
     return on_ranks(request.param, all_of, folder)

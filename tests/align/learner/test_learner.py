@@ -18,6 +18,7 @@ from tests.fakes.batches import bandit_batch, poisoned, ragged_batch
 from tests.fakes.learners import PolicyFactory, adam_state, bandit, new_learner, reduced, update, weights
 from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.oracles.equality import assert_bitwise, assert_close
+from tests.oracles.micro_batches import assert_cuts_are_equal
 
 # --- knobs for memory change nothing -----------------------------------------------------------------------------
 
@@ -29,17 +30,7 @@ from tests.oracles.equality import assert_bitwise, assert_close
 def test_one_micro_batch_or_one_per_trajectory_give_one_gradient_one_step_and_the_same_metrics(
     new_policy: PolicyFactory, aggregation: str, baseline: str
 ) -> None:
-    results = []
-    for max_tokens in (10_000, 24, 1):
-        learner = new_learner(new_policy(), max_tokens, aggregation=aggregation, baseline=baseline)
-        gradients, stats = update(learner, ragged_batch())
-        results.append((gradients, weights(learner), reduced(stats)))
-    (gradients, after, values), *others = results
-    assert max(float(g.abs().max()) for g in gradients.values()) > 1e-2
-    for other_gradients, other_after, other_values in others:
-        assert_close(other_gradients, gradients)
-        assert_close(other_after, after, rtol=1e-5)
-        assert other_values == pytest.approx(values, rel=1e-4, abs=1e-5)
+    assert_cuts_are_equal(new_policy, ragged_batch(), 1e-2, aggregation=aggregation, baseline=baseline)
 
 
 def test_the_three_aggregations_differ_by_their_denominators_alone(new_policy: PolicyFactory) -> None:

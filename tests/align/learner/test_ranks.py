@@ -143,22 +143,32 @@ def four(two: list[Result], folder: Path) -> list[Result]:
     return on_ranks(4, on_four, folder)
 
 
+FOUR = pytest.param("four", marks=pytest.mark.integration)
+"""More ranks than a small machine has CPUs: `make test-fast` leaves them out."""
+
+
+@pytest.fixture(params=["two", FOUR])
+def several(request: pytest.FixtureRequest) -> list[Result]:
+    """What two ranks found, and four."""
+    found: list[Result] = request.getfixturevalue(request.param)
+    return found
+
+
 # --- one step -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("head", "tied", "settings"), [("tied", True, PLAIN), ("untied", False, WHOLE_BATCH)])
 def test_two_and_four_ranks_log_and_learn_what_one_does(
-    two: list[Result], four: list[Result], head: str, tied: bool, settings: dict[str, Any]
+    several: list[Result], head: str, tied: bool, settings: dict[str, Any]
 ) -> None:
     alone = train(Ranks(), tied, settings)
     before = weights(new_learner(Ranks(), tied))
     assert max(logged["optimizer/grad_norm"] for logged in alone["logged"]) > 1, "the limit of the norm cuts some"
     assert min(np.abs(after - before[name]).max() for name, after in alone["weights"].items()) > 3e-3, "all moved"
-    for results in (two, four):
-        assert_near(results[0][head]["weights"], alone["weights"])
-        for result in results:
-            for ours, theirs in zip(result[head]["logged"], alone["logged"], strict=True):
-                assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert_near(several[0][head]["weights"], alone["weights"])
+    for result in several:
+        for ours, theirs in zip(result[head]["logged"], alone["logged"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
 def test_ranks_train_in_as_many_passes_of_unequal_size() -> None:
@@ -188,29 +198,36 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all_with_every_s
 
 
 def test_what_ranks_publish_is_bit_for_bit_the_whole_model_also_after_a_publication_that_broke_off(
-    two: list[Result], four: list[Result]
+    several: list[Result],
 ) -> None:
     expected = weights(new_learner(Ranks(), tied=False))
     num_weights = sum(weight.size for weight in expected.values())
-    for results in (two, four):
-        assert results[0]["publish"]["names"] == list(expected)[:3]
-        assert_bitwise(results[0]["publish"]["weights"], expected)
-        held = [result["publish"]["held"] for result in results]
-        assert sum(held) == num_weights
-        assert max(held) <= num_weights / len(results) * 1.1, "each holds its share"
+    assert several[0]["publish"]["names"] == list(expected)[:3]
+    assert_bitwise(several[0]["publish"]["weights"], expected)
+    held = [result["publish"]["held"] for result in several]
+    assert sum(held) == num_weights
+    assert max(held) <= num_weights / len(several) * 1.1, "each holds its share"
+
+
+@pytest.fixture(scope="module", params=["one", FOUR])
+def loaded(request: pytest.FixtureRequest, two: list[Result], folder: Path) -> Result:
+    """What one rank, and four, take up of what two saved."""
+    if request.param == "one":
+        return load(Ranks(), folder)
+    found: Result = request.getfixturevalue("four")[0]["load"]
+    return found
 
 
 def test_what_two_ranks_save_one_and_four_take_up(
-    two: list[Result], four: list[Result], folder: Path, tmp_path: Path
+    two: list[Result], loaded: Result, folder: Path, tmp_path: Path
 ) -> None:
     saved = two[0]["save"]
     Policy.load(folder / "policy").save(tmp_path)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).read_bytes() == (folder / "policy" / name).read_bytes(), "as one rank writes it"
-    for loaded in (load(Ranks(), folder), four[0]["load"]):
-        assert_bitwise(loaded["weights"], saved["weights"])
-        assert_bitwise(loaded["adam"], saved["adam"])
-        assert loaded["logged"] == pytest.approx(saved["logged"], rel=1e-5, abs=1e-6)
+    assert_bitwise(loaded["weights"], saved["weights"])
+    assert_bitwise(loaded["adam"], saved["adam"])
+    assert loaded["logged"] == pytest.approx(saved["logged"], rel=1e-5, abs=1e-6)
     assert np.abs(saved["adam"]["model.embed_tokens.weight exp_avg"]).max() > 0
 
 

@@ -207,7 +207,7 @@ def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
         within(0.05, lambda: time.sleep(5))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4, "less than the work takes"
     assert within(5, lambda: 7) == 7
 
 

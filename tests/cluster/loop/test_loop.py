@@ -101,7 +101,7 @@ def test_rollouts_of_the_next_step_start_once_the_version_is_published(max_stale
 
 def test_a_step_takes_from_the_last_publish_to_this_one_whatever_lay_in_between() -> None:
     """The evaluation after step 1, while the actors already sample for step 2, is a part of step 2."""
-    pause_s = 0.05
+    pause_s = 0.5  # longer than a step, however busy the machine is
 
     async def evaluate(step: int) -> None:
         if step == 1:
