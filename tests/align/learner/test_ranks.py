@@ -20,7 +20,7 @@ from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.learner.shares import passes
 from align.model.policy import Policy
-from align.model.ranks import Ranks, whole
+from align.model.ranks import Ranks, full_tensor
 from tests.conftest import VOCAB_SIZE, character_tokenizer, random_qwen3
 from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.harness.rank_processes import on_ranks
@@ -66,10 +66,10 @@ def gathered(learner: Learner, publish: Callable[[], Iterable[tuple[str, torch.T
     """What the first rank publishes while the others follow."""
     ranks = learner.policy.ranks
     if not ranks.first:
-        learner.policy.follow()
+        learner.policy.help_gather()
         return {}
     found = {name: weight.detach().cpu().numpy().copy() for name, weight in publish()}
-    ranks.release()
+    ranks.end_gathering()
     return found
 
 
@@ -122,7 +122,7 @@ def adam_state(learner: Learner) -> Arrays:
     """All of Adam's state."""
     named = [(name, p) for name, p in learner.policy.model.named_parameters() if p.requires_grad]
     states = {f"{name} {key}": value for name, p in named for key, value in learner.optimizer.adam.state[p].items()}
-    return {name: whole(value).numpy().copy() for name, value in states.items()}
+    return {name: full_tensor(value).numpy().copy() for name, value in states.items()}
 
 
 @torch.no_grad()
@@ -138,9 +138,9 @@ def publish(ranks: Ranks) -> Result:
     if ranks.first:
         started = learner.policy.named_weights()
         names = [next(started)[0] for _ in range(3)]
-        ranks.release()
+        ranks.end_gathering()
     else:
-        learner.policy.follow()
+        learner.policy.help_gather()
         names = []
     parameters = learner.policy.model.parameters()
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
