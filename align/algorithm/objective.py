@@ -12,8 +12,8 @@ from torch import Tensor
 from align.algorithm import corrections, distillation, guards, losses, returns, surrogates
 from align.algorithm.config import AlgorithmConfig
 from align.data.batching import Batch
+from align.data.token_logprobs import TokenLogprobs
 from align.metrics import Metric
-from align.model.policy import TokenLogprobs
 
 
 class Objective:

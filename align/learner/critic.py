@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.algorithm import losses, returns
 from align.data.batching import Batch, micro_batches
 from align.learner.optimizer import Optimizer, OptimizerConfig
 from align.metrics import Metric
-from align.model.folder import checked_model_directory
-from align.model.policy import DTYPES
+from align.model.value import ValueModel
 
 
 class CriticConfig(BaseModel):
@@ -31,29 +28,6 @@ class CriticConfig(BaseModel):
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Its own Adam, schedule and gradient clip.")
     warmup_steps: int = Field(0, ge=0, description="First steps of the run that train the critic and leave the policy.")
-
-
-class ValueModel(nn.Module):
-    """A transformer's trunk with a linear head of one output, 0 at first: a critic that knows nothing says 0.
-
-    Args:
-        trunk: A model whose output has `last_hidden_state` [B, T, H].
-        hidden_size: H.
-    """
-
-    def __init__(self, trunk: Any, hidden_size: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Value of the state *after* each token [B, T], the head's product in float32."""
-        hidden = self.trunk(input_ids=token_ids, use_cache=False).last_hidden_state
-        with torch.autocast(token_ids.device.type, enabled=False):
-            values: Tensor = self.head(hidden.float()).squeeze(-1)
-        return values
 
 
 class Critic:
@@ -89,31 +63,13 @@ class Critic:
         self.max_tokens = max_tokens
         self.compute_dtype = compute_dtype
 
-    @staticmethod
-    def model_from(directory: Path | str, device: str = "cpu") -> ValueModel:
-        """A value model whose trunk has the weights of a causal language model's folder.
-
-        Raises:
-            ValueError: If the folder is missing or holds no causal language model.
-        """
-        from transformers import AutoModel
-
-        trunk = AutoModel.from_pretrained(
-            checked_model_directory(directory),
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        return ValueModel(trunk.eval(), int(trunk.config.get_text_config().hidden_size)).to(device)
-
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
         """Value of the state that each token was drawn in, under the critic as it is. [B, T], 0 at token 0 and at padding."""
         result = torch.zeros_like(batch.rewards)
         for rows in micro_batches(batch.lengths.tolist(), self.max_tokens):
             part = batch.rows(rows)
-            result[rows, : part.token_ids.shape[1]] = self._values(part.token_ids)
+            result[rows, : part.token_ids.shape[1]] = self.model.values(part.token_ids, self.compute_dtype)
         return result.masked_fill(~_real(batch), 0.0)
 
     def accumulate(self, batch: Batch) -> tuple[list[Metric], float]:
@@ -136,19 +92,13 @@ class Critic:
         assert part.old_values is not None
         assert part.value_targets is not None
         mask, tokens = part.loss_mask, part.num_loss_tokens
-        values = self._values(part.token_ids)
+        values = self.model.values(part.token_ids, self.compute_dtype)
         token_losses, clipped = losses.value_loss(values, part.old_values, part.value_targets, mask, self.value_clip)
         weights = torch.full((part.num_trajectories,), 1 / num_tokens, device=values.device)
         losses.aggregate(token_losses, mask, weights).backward()  # type: ignore[no-untyped-call]
         if tokens:
             yield Metric("critic/loss", float(token_losses.detach()[mask].mean()), tokens)
             yield Metric("critic/clipped_fraction", float(clipped[mask].float().mean()), tokens)
-
-    def _values(self, token_ids: Tensor) -> Tensor:
-        """[B, T], indexed by the token that is drawn in the state: the critic's shift by one, as `Policy.logits` has it."""
-        with self._autocast():
-            after = self.model(token_ids[:, :-1])
-        return torch.nn.functional.pad(after, (1, 0))
 
     def save(self, directory: Path) -> None:
         """Write weights and Adam's state into the folder of a checkpoint."""
@@ -168,11 +118,6 @@ class Critic:
         except RuntimeError as error:
             raise ValueError(f"the critic in {directory} is not of this run's [critic] model: {error}") from None
         self.optimizer.load(_adam(directory))
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=DTYPES[self.compute_dtype])
 
 
 def critic_metrics(batch: Batch) -> list[Metric]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.data.batching import Batch
 from align.data.prompts import derive_seed
+from align.data.sampling import Sampling
+from align.data.token_budget import TokenBudget
+from align.learner.shares import passes
 from align.model.policy import Policy
-
-Cut = Callable[[Sequence[int]], Sequence[Sequence[int]]]
 
 
 def minibatches(num_trajectories: int, num_epochs: int, num_minibatches: int, version: int) -> Iterator[list[int]]:
@@ -46,21 +46,20 @@ def minibatches(num_trajectories: int, num_epochs: int, num_minibatches: int, ve
 
 
 @torch.no_grad()
-def old_logprobs(policy: Policy, batch: Batch, cut: Cut, packed: bool, **sampling: Any) -> Tensor:
+def old_logprobs(policy: Policy, batch: Batch, budget: TokenBudget, sampling: Sampling) -> Tensor:
     """Log-probabilities of the batch's loss tokens under the policy as it is, every rank its share. [B, T], 0 elsewhere.
 
     Args:
         policy: The policy.
         batch: The batch.
-        cut: Cuts trajectories of these lengths into micro-batches of their numbers.
-        packed: Whether a micro-batch goes through the model as one row; see `Policy.states`.
-        sampling: Temperature, top_k and top_p of the sampler, as `Policy.token_logprobs` takes them.
+        budget: Of a forward pass.
+        sampling: The distribution that the batch was sampled from.
     """
     result = torch.zeros_like(batch.behavior_logprobs)
-    for one in policy.ranks.passes(batch.lengths.tolist(), cut):
+    for one in passes(policy.ranks, batch.lengths.tolist(), budget.cut):
         part = batch.rows(one.rows)
-        lengths = part.lengths if packed else None
-        output = policy.token_logprobs(part.token_ids, wanted=part.loss_mask, lengths=lengths, **sampling)
+        lengths = part.lengths if budget.packs else None
+        output = policy.token_logprobs(part.token_ids, wanted=part.loss_mask, lengths=lengths, sampling=sampling)
         if one.counts:
             result[one.rows, : part.token_ids.shape[1]] = output.logprobs
     return policy.ranks.sum(result)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,53 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.data.sampling import PLAIN, Sampling
+from align.data.token_logprobs import TokenLogprobs
 from align.model import attention
 from align.model.adapters import Adapter, merged, trained_first
+from align.model.completions import completions
 from align.model.folder import LOCAL, attention_of, checked_model_directory, load_tokenizer, stored
 from align.model.head import MAX_LOGITS_BYTES, Head
-from align.model.ranks import Ranks, is_sharded, named_shards, shard, whole
+from align.model.precision import DTYPES, autocast
+from align.model.ranks import Ranks, full_tensor, is_sharded, named_shards, shard
 from align.model.support import restricted
 from align.model.trunk import Trunk
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Per-token quantities, indexed by the token they are about.
-
-    Attributes:
-        logprobs: [B, T] log-probability of each token given those before it; 0 where not wanted.
-        entropy: [B, T] entropy in nats of the distribution the token was drawn from; with gradient only on request.
-        of_others: [B, T, K] log-probabilities of other tokens at the same places, or None if none were asked for.
-        outside: [B, T] bool, tokens outside the support of this policy's own truncated distribution; None if nothing truncates.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    of_others: Tensor | None = None
-    outside: Tensor | None = None
-
-    @classmethod
-    def at(
-        cls,
-        places: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        of_others: Tensor | None = None,
-        outside: Tensor | None = None,
-    ) -> TokenLogprobs:
-        """Numbers [M] (of others [M, K]) of the tokens at M places [B, T] bool; 0 elsewhere."""
-        blank = torch.zeros(places.shape, device=places.device)
-        if of_others is not None:
-            empty = blank[..., None].expand(*places.shape, of_others.shape[-1])
-            of_others = empty.masked_scatter(places[..., None], of_others)
-        return cls(
-            blank.masked_scatter(places, logprobs),
-            blank.masked_scatter(places, entropy),
-            of_others,
-            None if outside is None else torch.zeros_like(places).masked_scatter(places, outside),
-        )
 
 
 class Policy:
@@ -109,7 +72,9 @@ class Policy:
         """
         every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied = every - {name for name, _ in self.model.named_parameters()}  # gathered twice, it would be written twice
-        held = ((name, whole(t)) for name, t in trained_first(self.model.state_dict().items()) if name not in tied)
+        held = (
+            (name, full_tensor(t)) for name, t in trained_first(self.model.state_dict().items()) if name not in tied
+        )
         state = {}
         for name, tensor in merged(self.adapter, held):
             if self.ranks.first:
@@ -133,7 +98,7 @@ class Policy:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once (a tied head is not repeated), by its name in a Hugging Face folder.
 
-        Of many ranks the first asks, while the others `follow`; one parameter at a time is whole.
+        Of many ranks the first asks, while the others `help_gather`; one parameter at a time is whole.
         """
         for name, parameter in merged(self.adapter, self._gathered()):
             yield from stored(self.model, name, parameter).items()
@@ -145,7 +110,7 @@ class Policy:
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         names, shards = zip(*self._shards(), strict=True)
-        return zip(names, self.ranks.lead(shards), strict=True)
+        return zip(names, self.ranks.gather_each(shards), strict=True)
 
     def _shards(self) -> list[tuple[str, Tensor]]:
         return [(name, p.detach()) for name, p in trained_first(named_shards(self.model))]
@@ -156,9 +121,9 @@ class Policy:
         parts = (stored(self.model, name, parameter) for name, parameter in merged(self.adapter, held))
         return {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
 
-    def follow(self) -> None:
-        """On every rank but the first: take part in what the first gathers until it calls `ranks.release`."""
-        self.ranks.follow([shard for _, shard in self._shards()])
+    def help_gather(self) -> None:
+        """On every rank but the first: take part in what the first gathers until it calls `ranks.end_gathering`."""
+        self.ranks.help_gather([shard for _, shard in self._shards()])
 
     @cached_property
     def trunk(self) -> Trunk:
@@ -218,28 +183,24 @@ class Policy:
         start: int = 1,
         wanted: Tensor | None = None,
         lengths: Tensor | None = None,
-        temperature: float = 1.0,
+        sampling: Sampling = PLAIN,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
         others: Tensor | None = None,
-        top_k: int = 0,
-        top_p: float = 1.0,
     ) -> TokenLogprobs:
         """`log softmax(logits / temperature)[token]` in float32, and on request the entropy of the same distribution.
 
-        With `top_k` or `top_p` the distribution is renormalised over the tokens that they keep, and the sampled token.
+        Where the sampler truncates, the distribution is renormalised over the tokens that it keeps, and the sampled token.
 
         Args:
             token_ids: [B, T], right-padded; what stands at padding is meaningless and must be masked by the caller.
             start: First token of interest, unless `wanted` says which.
             wanted: [B, T] bool tokens of interest.
             lengths: [B] real tokens, to compute nothing at padding; see `states`.
-            temperature: The sampler's temperature, so that the log-probabilities are those of what sampled.
+            sampling: The sampler's, so that the log-probabilities are those of what sampled.
             with_entropy: Compute the entropy too; it stays 0 otherwise.
             entropy_gradient: Let gradients flow through the entropy.
             others: [B, T, K] tokens whose log-probabilities are asked for too, under the whole distribution.
-            top_k: The sampler's; 0 for all tokens.
-            top_p: The sampler's; 1 for all tokens.
 
         Raises:
             ValueError: If one of `others` is not in the vocabulary.
@@ -250,12 +211,10 @@ class Policy:
             states,
             wanted,
             token_ids,
-            temperature=temperature,
+            sampling=sampling,
             with_entropy=with_entropy,
             entropy_gradient=entropy_gradient,
             others=others,
-            top_k=top_k,
-            top_p=top_p,
         )
 
     def completed(
@@ -264,27 +223,25 @@ class Policy:
         wanted: Tensor,
         token_ids: Tensor,
         *,
-        temperature: float,
+        sampling: Sampling,
         with_entropy: bool,
         entropy_gradient: bool,
         others: Tensor | None,
-        top_k: int,
-        top_p: float,
     ) -> TokenLogprobs:
         """What `token_logprobs` gives, from `states` [M, D] of the wanted tokens.
 
         Other tokens and a truncated support need the logits of whole rows, all at once [M, V]; else they are never there.
         """
         targets = token_ids[wanted]
-        if others is None and not top_k and top_p == 1:
-            values = self.head.logprobs(states, targets, temperature=temperature, entropy=with_entropy)
+        if others is None and not sampling.truncates:
+            values = self.head.logprobs(states, targets, sampling, entropy=with_entropy)
             of_others = outside = None
         else:
-            logits = self.head.logits(states) / temperature
+            logits = self.head.logits(states) / sampling.temperature
             of_others = None if others is None else _logprobs_of(logits, others[wanted])
             outside = None
-            if top_k or top_p < 1:
-                logits, outside = restricted(logits, targets, top_k, top_p)
+            if sampling.truncates:
+                logits, outside = restricted(logits, targets, sampling)
             normalizer = torch.logsumexp(logits, dim=-1)
             chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
             values = (chosen, _entropy(logits, normalizer) if with_entropy else torch.zeros_like(normalizer))
@@ -308,7 +265,6 @@ class Policy:
         top = [row.topk(num_top or row.shape[-1], dim=-1) for row in rows]
         return torch.stack([t.indices for t in top]), torch.stack([t.values for t in top])
 
-    @torch.no_grad()
     def sample(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int
     ) -> list[list[int]]:
@@ -320,22 +276,11 @@ class Policy:
             Token ids up to and including the end token.
         """
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
-        attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        with torch.random.fork_rng(), self._autocast(), self._plain_generation(pad):
-            torch.manual_seed(seed)
-            output = self.model.generate(
-                ids,
-                attention_mask=attention,
-                max_new_tokens=max_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                synced_gpus=is_sharded(self.model),  # no rank stops before the others
+        ends = self.end_token_ids()
+        with self._autocast():
+            return completions(
+                self.model, prompts, pad=pad, ends=ends, max_tokens=max_tokens, temperature=temperature, seed=seed
             )
-        return [self._until_end(row.tolist()) for row in output[:, longest:]]
 
     def end_token_ids(self) -> set[int]:
         """The tokens that end a completion, from the generation config, else from the tokenizer."""
@@ -346,31 +291,9 @@ class Policy:
             return set()
         return set(configured) if isinstance(configured, list) else {configured}
 
-    @contextlib.contextmanager
-    def _plain_generation(self, pad: int) -> Iterator[None]:
-        """The model without its folder's generation settings; `generate` falls back on them for all it is not told."""
-        from transformers import GenerationConfig
-
-        configured = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=sorted(self.end_token_ids()) or None, pad_token_id=pad
-        )
-        try:
-            yield
-        finally:
-            self.model.generation_config = configured
-
-    def _until_end(self, completion: list[int]) -> list[int]:
-        ends = self.end_token_ids()
-        stop = next((i + 1 for i, token in enumerate(completion) if token in ends), len(completion))
-        return completion[:stop]
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == "float32":
-            return contextlib.nullcontext()
         # Of a sharded model the cached copies would outlive the layers that they were made for.
-        cached = not is_sharded(self.model)
-        return torch.autocast(self.device.type, dtype=DTYPES[self.compute_dtype], cache_enabled=cached)
+        return autocast(self.device, self.compute_dtype, cached=not is_sharded(self.model))
 
 
 def _logprobs_of(logits: Tensor, others: Tensor) -> Tensor:

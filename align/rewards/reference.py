@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from align.data.batching import micro_batches
-from align.data.packing import pack
+from align.data.token_budget import TokenBudget
 from align.data.types import FloatArray, Group, TokenRewards, TopTokens, Trajectory
 from align.model.policy import Policy
 from align.rewards.steps import paid_by_step, step_ends
@@ -71,8 +70,8 @@ class ReferenceReward:
         """See `Reward`."""
         trajectories = group.trajectories
         scores: list[TokenRewards | None] = [None] * len(trajectories)
-        cut = pack if self.reference.trunk.packs else micro_batches
-        for rows in cut([len(t.token_ids) for t in trajectories], self.max_tokens):
+        budget = TokenBudget(self.max_tokens, self.reference.trunk.packs)
+        for rows in budget.cut([len(t.token_ids) for t in trajectories]):
             for row, logprobs in zip(rows, self._ref_logprobs([trajectories[r] for r in rows]), strict=True):
                 scores[row] = self._score(trajectories[row], logprobs)
         return tuple(score for score in scores if score is not None)

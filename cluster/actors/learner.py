@@ -15,15 +15,17 @@ import torch
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.losses import exact_kl
 from align.data.batching import Batch, collate
+from align.data.sampling import Sampling
 from align.data.types import FloatArray, Group, Prompt, ScoredGroup, TokenRewards, Trajectory
 from align.demo.judges import JUDGES
 from align.learner.critic import Critic, CriticConfig
 from align.learner.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
+from align.learner.meeting import Meeting, host, join
 from align.learner.optimizer import OptimizerConfig
 from align.metrics import Metric
 from align.model.adapters import Adapter, AdapterConfig
 from align.model.policy import Policy
-from align.model.ranks import Meeting, host, join
+from align.model.value import ValueModel
 from align.rewards.kinds import RewardConfig, verifier_of
 from align.rewards.outcome import DEADLINE_S, verify
 from cluster.actors.scorer import completion_log_distributions
@@ -87,9 +89,7 @@ class LearnerActor:
         compute_dtype: "float32" or "bfloat16".
         wire_dtype: Type in which engines take the weights.
         num_steps: Steps of the run.
-        temperature: The sampler's, as are top_k and top_p.
-        top_k: 0 for all tokens.
-        top_p: 1 for all tokens.
+        sampling: What the engines sample from.
         judge: Name of the evaluation's judge, or None.
         reward: The run's reward; if it verifies answers, evaluations show how many are right.
         trajectories: Folder for the Parquet files.
@@ -110,9 +110,7 @@ class LearnerActor:
         compute_dtype: str,
         wire_dtype: str,
         num_steps: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        sampling: Sampling,
         judge: str | None,
         reward: RewardConfig,
         trajectories: Path,
@@ -138,7 +136,7 @@ class LearnerActor:
         value_critic = None
         if critic is not None:
             value_critic = Critic(
-                Critic.model_from(critic.model or model, self.device),
+                ValueModel.load(critic.model or model, self.device),
                 critic,
                 num_steps,
                 value_clip=algorithm.value_clip,
@@ -146,7 +144,7 @@ class LearnerActor:
                 compute_dtype=compute_dtype,
             )
         self._new_learner: Callable[[], Learner] = partial(
-            Learner, self.policy, algorithm, optimizer, cfg, num_steps, temperature, value_critic, top_k, top_p
+            Learner, self.policy, algorithm, optimizer, cfg, num_steps, sampling, value_critic
         )
         if place is None:
             self.learner = self._new_learner()
@@ -179,7 +177,7 @@ class LearnerActor:
 
     def follow(self) -> None:
         """Take part in what the first rank gathers for `export` or `send`, until it is done with it."""
-        self.policy.follow()
+        self.policy.help_gather()
 
     def update(self, step: int, *parts: Group | tuple[TokenRewards, ...]) -> list[Metric]:
         """One optimizer step; `parts` are n groups followed by their n scores. Writes the trajectories of the step.
@@ -226,7 +224,7 @@ class LearnerActor:
         try:
             yield
         finally:
-            self.policy.ranks.release()
+            self.policy.ranks.end_gathering()
 
     def connect(self, engines: Mapping[int, Any], link: Link) -> None:
         """Form a group with exactly these rollout actors (Ray's handles by rank; none leaves the learner alone).
@@ -297,7 +295,7 @@ class LearnerActor:
         )
 
     def _kl(self, trajectory: Trajectory, ref: FloatArray) -> float:
-        temperature = self.learner.temperature
+        temperature = self.learner.sampling.temperature
         own = completion_log_distributions(self.exact, trajectory.token_ids, trajectory.loss_mask, temperature)
         shared = torch.tensor(ref[:, : own.shape[-1]], device=own.device)  # a reference may be padded further
         return float(exact_kl(own, shared).double().sum())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.choices import choices
+from align.data.sampling import Sampling
 from align.data.types import FinishReason, Group, Ticket, Trajectory
 from align.model.adapters import AdapterConfig
 from align.rules import Rule
@@ -42,9 +43,14 @@ class SamplingConfig(BaseModel):
     stop_token_ids: tuple[int, ...] = Field((), description="Tokens that end a completion besides the model's own.")
 
     @property
+    def distribution(self) -> Sampling:
+        """What engine and learner have to agree on."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
     def truncates(self) -> bool:
         """Whether some tokens can never be sampled."""
-        return self.top_p < 1 or self.top_k > 0
+        return self.distribution.truncates
 
     def rules_in_a_run(
         self, *, max_staleness: int, optimizer_steps: int, distillation: str, max_model_len: int
@@ -145,11 +151,11 @@ class RolloutActor:
     """
 
     def __init__(self, rank: int, settings: dict[str, Any], sampling: SamplingConfig) -> None:
-        from cluster.actors.engine.engine import Engine, EngineSettings, Sampling
+        from cluster.actors.engine.engine import CompletionSettings, Engine, EngineSettings
 
         self.rank = rank
         self.engine = Engine(EngineSettings(**settings))
-        self.sampling = Sampling(**sampling.model_dump())
+        self.sampling = CompletionSettings(sampling.max_tokens, sampling.distribution, sampling.stop_token_ids)
         self.clock = BusyClock()
 
     async def ready(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from align.model.sources import file_sha256
+from align.digests import file_sha256
 from cluster.faults import RunFolderError
 from cluster.spec.config import RunConfig
 

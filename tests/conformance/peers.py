@@ -17,8 +17,8 @@ from align.algorithm import losses
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import Batch
+from align.data.token_logprobs import TokenLogprobs
 from align.metrics import Metric
-from align.model.policy import TokenLogprobs
 
 NUMBERS = Path(__file__).parent / "numbers"
 PEERS = ("verl", "trl", "openrlhf")

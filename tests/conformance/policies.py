@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from align.model.policy import Policy, TokenLogprobs
+from align.data.sampling import Sampling
+from align.data.token_logprobs import TokenLogprobs
+from align.model.policy import Policy
 from tests.conformance.peers import FLOAT32, Case, Equal, Verdict, resolve
 
 
@@ -32,7 +34,7 @@ def output_of(
     ids = torch.cat([torch.zeros(len(labels), 1, dtype=torch.long), labels], dim=1)
     output = Policy(model, tokenizer=None).token_logprobs(
         ids,
-        temperature=temperature,
+        sampling=Sampling(temperature),
         with_entropy=True,
         entropy_gradient=True,
         others=None if others is None else torch.cat([others[:, :1], others], dim=1),

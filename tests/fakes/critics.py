@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.learner.critic import Critic, CriticConfig, ValueModel
+from align.learner.critic import Critic, CriticConfig
+from align.model.value import ValueModel
 
 
 class MeanTrunk(nn.Module):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from align.learner.meeting import host, join
 from align.model.policy import Policy
-from align.model.ranks import Ranks, host, join
+from align.model.ranks import Ranks
 from tests.align.learner.test_ranks import PLAIN, assert_bitwise, assert_close, batch_of, new_learner, step, weights
 from tests.conftest import character_tokenizer, random_qwen3
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from align.model.ranks import Meeting, Ranks, host, join
+from align.learner.meeting import Meeting, host, join
+from align.model.ranks import Ranks
 
 DEADLINE_S = 240
 _context = multiprocessing.get_context(

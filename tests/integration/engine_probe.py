@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from align.data.sampling import Sampling
 from align.model.support import restricted
 
 
@@ -64,7 +65,7 @@ class Weights:
     def logprobs(self, token_ids: list[int], temperature: float = 1.0) -> np.ndarray:
         """Log-probabilities of tokens 1.. [T - 1]."""
         ids = torch.tensor([token_ids])
-        return self.policy.token_logprobs(ids, temperature=temperature).logprobs[0, 1:].numpy()
+        return self.policy.token_logprobs(ids, sampling=Sampling(temperature)).logprobs[0, 1:].numpy()
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -79,12 +80,12 @@ def prompts(num: int, length: int, seed: int = 0) -> list[list[int]]:
 
 async def agreement(engine: Any, weights: Weights) -> dict[str, Any]:
     """|behaviour - policy| log-probability at equal version, temperature 1 and 0.7."""
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
     differences = []
     reasons = set()
     for temperature in (1.0, 0.7):
-        sampling = Sampling(32, temperature=temperature)
+        sampling = CompletionSettings(32, Sampling(temperature))
         done = await asyncio.gather(*(engine.generate(p, sampling, i) for i, p in enumerate(prompts(32, 8))))
         for prompt, completion in zip(prompts(32, 8), done, strict=True):
             expected = weights.logprobs([*prompt, *completion.token_ids], temperature)[len(prompt) - 1 :]
@@ -96,10 +97,10 @@ async def agreement(engine: Any, weights: Weights) -> dict[str, Any]:
 
 async def truncated_sampling(engine: Any, weights: Weights) -> dict[str, Any]:
     """With top-k and top-p the reported log-probabilities are those of the truncated distribution."""
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
     worst, worst_full, worst_learner = 0.0, 0.0, 0.0
-    sampling = Sampling(16, temperature=0.7, top_p=0.8, top_k=10)
+    sampling = CompletionSettings(16, Sampling(0.7, top_k=10, top_p=0.8))
     for i, prompt in enumerate(prompts(8, 8, seed=1)):
         completion = await engine.generate(prompt, sampling, i)
         logits = weights.logits([*prompt, *completion.token_ids])[len(prompt) - 1 :] / 0.7
@@ -130,9 +131,9 @@ def _truncated_logprob(logits: torch.Tensor, token: int, top_k: int, top_p: floa
 
 async def seeds(engine: Any) -> dict[str, Any]:
     """Equal seeds repeat bit for bit whatever runs beside them; other seeds give other tokens."""
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
-    prompt, sampling = prompts(1, 6, seed=2)[0], Sampling(24)
+    prompt, sampling = prompts(1, 6, seed=2)[0], CompletionSettings(24)
     alone = await engine.generate(prompt, sampling, 5)
     crowd = await asyncio.gather(*(engine.generate(prompt, sampling, seed) for seed in range(32)))
     same = crowd[5].token_ids == alone.token_ids and crowd[5].logprobs == alone.logprobs
@@ -141,10 +142,10 @@ async def seeds(engine: Any) -> dict[str, Any]:
 
 async def long_prompts(engine: Any) -> dict[str, Any]:
     """More prompt tokens at once than one engine step takes, each request with a seed of its own."""
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
     many = prompts(48, 300, seed=4)
-    done = await asyncio.gather(*(engine.generate(p, Sampling(4), i) for i, p in enumerate(many)))
+    done = await asyncio.gather(*(engine.generate(p, CompletionSettings(4), i) for i, p in enumerate(many)))
     return {"long_prompts_done": sum(len(c.token_ids) > 0 for c in done), "long_prompts": len(many)}
 
 
@@ -174,12 +175,15 @@ async def damaged_bytes(engine: Any, weights: Weights) -> dict[str, Any]:
 
 async def in_flight(engine: Any, weights: Weights) -> dict[str, Any]:
     """A load while 16 requests run: every token's log-probability is that of the version its span names."""
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
     before = Weights.__new__(Weights)
     before.policy = _copy(weights.policy)
     weights.change(0.5)
-    running = [asyncio.create_task(engine.generate(p, Sampling(300), i)) for i, p in enumerate(prompts(16, 6, seed=6))]
+    running = [
+        asyncio.create_task(engine.generate(p, CompletionSettings(300), i))
+        for i, p in enumerate(prompts(16, 6, seed=6))
+    ]
     await asyncio.sleep(0.15)
     await engine.load(weights.export(1))
     done = await asyncio.gather(*running)
@@ -204,15 +208,15 @@ def _copy(policy: Any) -> Any:
 
 async def prefix_cache(engine: Any, weights: Weights) -> dict[str, Any]:
     """The same long prompt before and after a load, with the cache cleared as the engine does it, and not cleared."""
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
     prompt = prompts(1, 400, seed=8)[0]
 
     async def gap_after_load(version: int) -> float:
-        await engine.generate(prompt, Sampling(1), 0)
+        await engine.generate(prompt, CompletionSettings(1), 0)
         weights.change(0.5)
         await engine.load(weights.export(version))
-        completion = await engine.generate(prompt, Sampling(8), 0)
+        completion = await engine.generate(prompt, CompletionSettings(8), 0)
         expected = weights.logprobs([*prompt, *completion.token_ids])[len(prompt) - 1 :]
         return float(np.abs(expected - completion.logprobs).max())
 
@@ -253,9 +257,9 @@ async def update_without_pause(engine: Any) -> bool:
     """Begin an update while a request runs, without stopping the engine first; whether that kills it."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
-    running = asyncio.create_task(engine.generate(prompts(1, 6)[0], Sampling(400), 0))
+    running = asyncio.create_task(engine.generate(prompts(1, 6)[0], CompletionSettings(400), 0))
     await asyncio.sleep(0.1)
     try:
         await engine._llm.start_weight_update()

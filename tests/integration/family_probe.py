@@ -67,11 +67,11 @@ async def scored(engine: Any, policy: Any) -> float:
 
 async def sampled(engine: Any, policy: Any) -> dict[str, float]:
     """|behaviour - policy| of sampled tokens."""
-    from cluster.actors.engine.engine import Sampling
+    from cluster.actors.engine.engine import CompletionSettings
 
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, policy.vocab_size, size=(NUM_PROMPTS, PROMPT_TOKENS)).tolist()
-    done = await asyncio.gather(*(engine.generate(p, Sampling(MAX_TOKENS), i) for i, p in enumerate(prompts)))
+    done = await asyncio.gather(*(engine.generate(p, CompletionSettings(MAX_TOKENS), i) for i, p in enumerate(prompts)))
     gaps = [
         np.abs(logprobs(policy, [*prompt, *completion.token_ids])[PROMPT_TOKENS - 1 :] - completion.logprobs)
         for prompt, completion in zip(prompts, done, strict=True)

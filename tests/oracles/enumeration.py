@@ -22,8 +22,8 @@ from align.algorithm import losses
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import Batch, collate
+from align.data.token_logprobs import TokenLogprobs
 from align.data.types import ScoredGroup, TokenRewards
-from align.model.policy import TokenLogprobs
 from tests.fakes.trajectories import make_group, make_trajectory
 
 V, T, END, NUM_STATES = 3, 3, 0, 1 + 3 + 9

@@ -25,6 +25,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from align.data.sampling import PLAIN, Sampling
 from align.data.types import FinishReason, VersionSpan
 from align.model.adapters import AdapterConfig
 from cluster.actors.engine.adapter import STAGED_FILE, describe_adapter, lora_arguments, lora_request
@@ -107,21 +108,17 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """The sampling distribution: temperature first, then top-k and top-p, renormalised.
+class CompletionSettings:
+    """What a completion is sampled from, and where it ends.
 
     Attributes:
-        max_tokens: Most tokens of a completion.
-        temperature: Above 0.
-        top_p: Nucleus; 1 for all.
-        top_k: Most likely tokens; 0 for all.
-        stop_token_ids: Tokens that end a completion besides the model's own end tokens.
+        max_tokens: Most tokens of it.
+        sampling: The distribution.
+        stop_token_ids: Tokens that end it besides the model's own end tokens.
     """
 
     max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    sampling: Sampling = PLAIN
     stop_token_ids: tuple[int, ...] = ()
 
 
@@ -156,7 +153,7 @@ class Engine:
         self._adapter = lora_request() if settings.adapter else None
         self._whole = True  # the serving weights are those of one version, not half replaced
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], settings: CompletionSettings, seed: int) -> Completion:
         """Sample one completion.
 
         Raises:
@@ -169,25 +166,12 @@ class Engine:
             completion.versions.append(VersionSpan(self.version, 0, 0))
         try:
             prompt = {"prompt_token_ids": list(prompt_ids)}
-            params = self._sampling_params(sampling, seed)
+            params = _sampling_params(settings, seed)
             async for output in self._llm.generate(prompt, params, request_id, lora_request=self._adapter):
                 _extend(completion, output)
         finally:
             del self._running[request_id]
         return completion
-
-    def _sampling_params(self, sampling: Sampling, seed: int) -> SamplingParams:
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(sampling.stop_token_ids),
-            seed=seed,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY if NATIVE_VERSIONS else RequestOutputKind.DELTA,
-        )
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of tokens 1.. of a sequence at temperature 1 (for the canary)."""
@@ -316,6 +300,21 @@ class Engine:
         """End the engine's processes."""
         with contextlib.suppress(Exception):
             self._llm.shutdown()
+
+
+def _sampling_params(settings: CompletionSettings, seed: int) -> SamplingParams:
+    sampling = settings.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=settings.max_tokens,
+        stop_token_ids=list(settings.stop_token_ids),
+        seed=seed,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY if NATIVE_VERSIONS else RequestOutputKind.DELTA,
+    )
 
 
 def _staging_folder(num_bytes: int) -> Path:

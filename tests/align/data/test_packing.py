@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from align.data.packing import pack
+from align.data.sampling import Sampling
 from align.model.policy import Policy
 from align.model.trunk import Trunk
 from tests.oracles.tabular import TabularLM
@@ -130,7 +131,7 @@ def test_packed_and_padded_give_one_loss_and_gradient_in_every_family(name: str)
     assert (policy.trunk.packs, policy.trunk.has_head) == (True, True)
     results = []
     for lengths in (None, SIZES):
-        output = policy.token_logprobs(IDS, wanted=WANTED, lengths=lengths, temperature=0.8)
+        output = policy.token_logprobs(IDS, wanted=WANTED, lengths=lengths, sampling=Sampling(0.8))
         output.logprobs.square().sum().backward()
         results.append((output.logprobs.detach(), gradients(model)))
     (padded, expected), (packed, found) = results
@@ -147,7 +148,7 @@ def test_logprobs_without_logits_are_those_of_the_models_own_logits(name: str) -
     with torch.no_grad():
         own = torch.log_softmax(model(input_ids=IDS).logits.float() / 0.8, dim=-1)[:, :-1]
         expected = own.gather(-1, IDS[:, 1:, None])[..., 0]
-        ours = Policy(model, tokenizer=None).token_logprobs(IDS, temperature=0.8).logprobs
+        ours = Policy(model, tokenizer=None).token_logprobs(IDS, sampling=Sampling(0.8)).logprobs
     torch.testing.assert_close(ours[:, 1:], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -15,6 +15,7 @@ from align.data.batching import Batch
 from align.learner.critic import Critic, CriticConfig
 from align.learner.learner import Learner
 from align.model.policy import Policy
+from align.model.value import ValueModel
 from tests.align.learner.test_learner import (
     adam_state,
     assert_bitwise,
@@ -70,7 +71,7 @@ def test_a_new_critic_expects_nothing() -> None:
 
 
 def test_the_value_at_a_token_is_that_of_the_state_before_it(model_folder: Path) -> None:
-    critic = awake(Critic(Critic.model_from(model_folder), CriticConfig(), 3, value_clip=None, max_tokens=10_000))
+    critic = awake(Critic(ValueModel.load(model_folder), CriticConfig(), 3, value_clip=None, max_tokens=10_000))
     batch = ragged_batch()
     before = critic.values(batch)
     batch.token_ids[4, 6] += 1
@@ -80,12 +81,6 @@ def test_the_value_at_a_token_is_that_of_the_state_before_it(model_folder: Path)
     assert torch.equal(after[:4], before[:4])
     assert not before[:, 0].any()
     assert not before[0, 7:].any()  # padding
-
-
-def test_the_trunk_of_a_critic_has_the_weights_of_its_folder(model_folder: Path, policy: Policy) -> None:
-    trunk = dict(Critic.model_from(model_folder).trunk.named_parameters())
-    of_policy = dict(policy.model.model.named_parameters())
-    assert_bitwise(trunk, of_policy)
 
 
 def test_micro_batches_change_neither_the_values_nor_what_the_critic_learns() -> None:
@@ -186,7 +181,7 @@ def test_a_critic_that_overflows_stops_the_policys_step_too(new_policy: Any) -> 
 
 def test_a_critic_is_there_exactly_if_the_algorithm_reads_it(policy: Policy) -> None:
     plain = new_learner(policy)
-    rest = (plain.optimizer.cfg, plain.cfg, 10, 1.0)
+    rest = (plain.optimizer.cfg, plain.cfg, 10, plain.sampling)
     with pytest.raises(ValueError, match="'critic' needs a critic"):
         Learner(policy, new_learner(policy, **WHOLE_RETURN).objective.cfg, *rest)
     with pytest.raises(ValueError, match="'none' reads no critic"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align.algorithm import corrections
-from align.data.batching import Batch, micro_batches
-from align.data.packing import pack
+from align.data.batching import Batch
+from align.data.sampling import PLAIN, Sampling
+from align.data.token_budget import TokenBudget
 from align.learner.epochs import minibatches, old_logprobs
 from align.model.policy import Policy
 from tests.align.algorithm.test_objective import group_batch
@@ -73,7 +73,7 @@ def test_an_update_tells_its_advantages_and_what_the_policy_said_when_each_traje
     stats = {}
     for epochs, parts in ((1, 1), (2, 1), (2, 2)):
         learner = new_learner(new_policy(), num_epochs=epochs, num_minibatches=parts, **CLIP)
-        before = old_logprobs(learner.policy, batch, partial(micro_batches, max_tokens=1000), packed=False)
+        before = old_logprobs(learner.policy, batch, TokenBudget(1000, packs=False), PLAIN)
         stats[epochs, parts] = learner.update(batch)
         assert torch.equal(stats[epochs, parts].advantages, learner.objective.advantages(batch)[0])
         assert torch.equal(stats[epochs, parts].policy_logprobs.isnan(), ~batch.loss_mask)
@@ -194,10 +194,10 @@ def test_with_one_step_decoupled_ppo_is_reinforce_with_the_same_weights(new_poli
 def test_old_logprobs_are_those_before_the_first_step_whatever_the_micro_batches(new_policy: Any) -> None:
     policy, batch = new_policy(), ragged_batch()
     with torch.no_grad():
-        expected = policy.token_logprobs(batch.token_ids, temperature=0.7).logprobs
+        expected = policy.token_logprobs(batch.token_ids, sampling=Sampling(0.7)).logprobs
     for max_tokens in (10_000, 24, 1):
-        for cut, packed in ((micro_batches, False), (pack, policy.trunk.packs)):
-            actual = old_logprobs(policy, batch, partial(cut, max_tokens=max_tokens), packed, temperature=0.7)
+        for packs in (False, policy.trunk.packs):
+            actual = old_logprobs(policy, batch, TokenBudget(max_tokens, packs), Sampling(0.7))
             torch.testing.assert_close(actual, expected.where(batch.loss_mask, 0.0))
             assert not actual.requires_grad
 

@@ -17,6 +17,7 @@ from align.algorithm.config import AlgorithmConfig
 from align.data.batching import Batch
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
+from align.learner.shares import passes
 from align.model.policy import Policy
 from align.model.ranks import Ranks
 from tests.align.learner.test_moments import WIDTH
@@ -200,10 +201,10 @@ def test_the_cases_reach_what_they_are_for(one: Result) -> None:
 
 def test_packing_is_on_and_off_and_no_minibatch_of_a_rank_is_as_long_as_another() -> None:
     packed, padded = (new_learner(Ranks(), **CASES[case]) for case in ("ppo", "decoupled_padded"))
-    assert packed._packs
-    assert not padded._packs
+    assert packed.budget.packs
+    assert not padded.budget.packs
     lengths = batch(0).lengths.tolist()
-    cuts = [list(Ranks(rank, 4).passes(lengths[:3], packed._micro_batches)) for rank in range(4)]
+    cuts = [list(passes(Ranks(rank, 4), lengths[:3], packed.budget.cut)) for rank in range(4)]
     assert any(not one.counts for of_rank in cuts for one in of_rank), "three trajectories on four ranks"
 
 

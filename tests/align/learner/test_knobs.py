@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import Batch, collate
+from align.data.sampling import Sampling
+from align.data.token_logprobs import TokenLogprobs
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.metrics import reduce
-from align.model.policy import Policy, TokenLogprobs
+from align.model.policy import Policy
 from tests.conftest import VOCAB_SIZE, random_qwen3
 from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.oracles.tabular import TabularLM
@@ -66,7 +68,7 @@ def train(algorithm: dict[str, Any], tied: bool, **knobs: Any) -> tuple[list[dic
         OptimizerConfig(lr=1e-3, eps=1e-2),
         LearnerConfig(**knobs),
         STEPS,
-        temperature=0.8,
+        sampling=Sampling(0.8),
     )
     steps = [reduce(learner.update(batch(seed)).metrics) for seed in range(STEPS)]
     for values in steps:

@@ -15,6 +15,7 @@ from torch import Tensor
 from align import metrics
 from align.algorithm.config import AlgorithmConfig
 from align.data.batching import Batch, collate
+from align.data.sampling import Sampling
 from align.learner.learner import Learner, LearnerConfig, NonFiniteUpdates, UpdateStats
 from align.learner.optimizer import OptimizerConfig, lr_factor
 from align.model.policy import Policy
@@ -54,7 +55,7 @@ def new_learner(policy: Policy, max_tokens: int = 10_000, num_steps: int = 10, *
     algorithm = AlgorithmConfig(**settings)
     critic = new_critic(value_clip=algorithm.value_clip, **of_critic) if algorithm.baseline == "critic" else None
     return Learner(
-        policy, algorithm, OptimizerConfig(**optimizer), LearnerConfig(**cfg), num_steps, temperature, critic
+        policy, algorithm, OptimizerConfig(**optimizer), LearnerConfig(**cfg), num_steps, Sampling(temperature), critic
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import Batch, collate
+from align.data.sampling import Sampling
 from align.data.types import ScoredGroup
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
@@ -277,7 +278,7 @@ def test_what_is_out_of_the_band_is_dropped_counted_and_the_rest_is_not_weighted
 
 def truncated_learner(top_k: int, top_p: float, **parts: Any) -> Learner:
     optimizer = OptimizerConfig(max_grad_norm=math.inf)
-    return Learner(bandit(), AlgorithmConfig(**parts), optimizer, LearnerConfig(), 1, 1.0, top_k=top_k, top_p=top_p)
+    return Learner(bandit(), AlgorithmConfig(**parts), optimizer, LearnerConfig(), 1, Sampling(1.0, top_k, top_p))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (0, 0.7)])

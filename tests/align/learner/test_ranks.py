@@ -11,17 +11,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 from align import metrics
 from align.algorithm.config import AlgorithmConfig
-from align.data.batching import Batch, collate, micro_batches
+from align.data.batching import Batch, collate
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
+from align.learner.shares import passes
 from align.model.policy import Policy
-from align.model.ranks import Pass, Ranks, balance, interface_of, whole
+from align.model.ranks import Ranks, full_tensor
 from tests.conftest import VOCAB_SIZE, character_tokenizer, random_qwen3
 from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.harness.rank_processes import on_ranks
@@ -67,10 +66,10 @@ def gathered(learner: Learner, publish: Callable[[], Iterable[tuple[str, torch.T
     """What the first rank publishes while the others follow."""
     ranks = learner.policy.ranks
     if not ranks.first:
-        learner.policy.follow()
+        learner.policy.help_gather()
         return {}
     found = {name: weight.detach().cpu().numpy().copy() for name, weight in publish()}
-    ranks.release()
+    ranks.end_gathering()
     return found
 
 
@@ -97,7 +96,7 @@ def skip(ranks: Ranks) -> Result:
     bad.rewards[5] = math.nan
     stats = learner.update(bad)
     after = shards(learner)
-    cut = [one.rows for one in ranks.passes(bad.lengths.tolist(), learner._micro_batches) if one.counts]
+    cut = [one.rows for one in passes(ranks, bad.lengths.tolist(), learner.budget.cut) if one.counts]
     return {
         "had it": any(5 in rows for rows in cut),
         "skipped": stats.skipped,
@@ -123,7 +122,7 @@ def adam_state(learner: Learner) -> Arrays:
     """All of Adam's state."""
     named = [(name, p) for name, p in learner.policy.model.named_parameters() if p.requires_grad]
     states = {f"{name} {key}": value for name, p in named for key, value in learner.optimizer.adam.state[p].items()}
-    return {name: whole(value).numpy().copy() for name, value in states.items()}
+    return {name: full_tensor(value).numpy().copy() for name, value in states.items()}
 
 
 @torch.no_grad()
@@ -139,9 +138,9 @@ def publish(ranks: Ranks) -> Result:
     if ranks.first:
         started = learner.policy.named_weights()
         names = [next(started)[0] for _ in range(3)]
-        ranks.release()
+        ranks.end_gathering()
     else:
-        learner.policy.follow()
+        learner.policy.help_gather()
         names = []
     parameters = learner.policy.model.parameters()
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
@@ -255,9 +254,9 @@ def test_ranks_train_in_as_many_passes_of_unequal_size() -> None:
     """The equalities above would say little if all ranks had the same work."""
     learner = new_learner(Ranks(), tied=True)
     lengths = batch_of(0).lengths.tolist()
-    passes = [list(Ranks(rank, 4).passes(lengths, learner._micro_batches)) for rank in range(4)]
-    assert len({len(of_rank) for of_rank in passes}) == 1
-    assert len({sum(one.counts for one in of_rank) for of_rank in passes}) > 1, "some only keep step"
+    shares = [list(passes(Ranks(rank, 4), lengths, learner.budget.cut)) for rank in range(4)]
+    assert len({len(of_rank) for of_rank in shares}) == 1
+    assert len({sum(one.counts for one in of_rank) for of_rank in shares}) > 1, "some only keep step"
     assert len(set(lengths)) > 6
 
 
@@ -310,51 +309,8 @@ def test_all_ranks_sample_the_same_and_what_one_samples(two: list[Result]) -> No
     assert min(map(len, alone)) < max(map(len, alone)), "one ends before another"
 
 
-# --- shares -------------------------------------------------------------------------------------------------------
-
-
-def by_tokens(max_tokens: int) -> Any:
-    return lambda lengths: micro_batches(lengths, max_tokens)
-
-
-@given(st.lists(st.integers(1, 50_000), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 100_000))
-def test_every_trajectory_counts_once_on_one_rank_and_all_ranks_do_as_many_passes(
-    lengths: list[int], num_ranks: int, max_tokens: int
-) -> None:
-    passes = [list(Ranks(rank, num_ranks).passes(lengths, by_tokens(max_tokens))) for rank in range(num_ranks)]
-    assert len({len(of_rank) for of_rank in passes}) == 1
-    rows = [row for of_rank in passes for one in of_rank if one.counts for row in one.rows]
-    assert sorted(rows) == list(range(len(lengths)))
-    assert all(len(one.rows) == 1 for of_rank in passes for one in of_rank if not one.counts)
-    assert max(sum(one.counts for one in of_rank) for of_rank in passes) == len(passes[0]), "no pass without need"
-
-
-def test_one_rank_alone_has_the_micro_batches_of_the_batch() -> None:
-    lengths = batch_of(0).lengths.tolist()
-    expected = [Pass(rows, counts=True) for rows in micro_batches(lengths, 45)]
-    assert list(Ranks().passes(lengths, by_tokens(45))) == expected
-
-
-@given(st.lists(st.integers(1, 50_000), min_size=1, max_size=30), st.integers(1, 5))
-def test_no_rank_has_more_work_than_another_by_more_than_one_trajectory(lengths: list[int], num_ranks: int) -> None:
-    work = [sorted(n * (12_288 + n) for n in (lengths[row] for row in rows)) for rows in balance(lengths, num_ranks)]
-    least = min(map(sum, work))
-    assert all(sum(of_rank[1:]) <= least for of_rank in work)
-
-
-def test_attention_counts_as_work() -> None:
-    """By tokens alone, the last trajectory would go to the first rank."""
-    assert balance([10_000, 4_000, 4_000, 4_000, 4_000], 2) == [[0], [1, 2, 3, 4]]
-
-
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
 def test_ranks_listen_on_the_address_that_they_were_given_alone(two: list[Result]) -> None:
     assert [result["listened on"] for result in two] == [{"127.0.0.1"}] * 2
-
-
-def test_an_address_that_no_interface_has_is_refused() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    with pytest.raises(ValueError, match=r"no network interface of this node has the address 203\.0\.113\.9"):
-        interface_of("203.0.113.9")

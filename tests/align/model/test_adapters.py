@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from align.algorithm.config import AlgorithmConfig
+from align.data.sampling import PLAIN
 from align.learner.learner import LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.model.adapters import Adapter, AdapterConfig
@@ -283,7 +284,7 @@ def new_actor(model: Path, folder: Path, **adapter: Any) -> LearnerActor:
         compute_dtype="float32",
         wire_dtype="float32",
         num_steps=4,
-        temperature=1.0,
+        sampling=PLAIN,
         judge=None,
         reward=ReferenceRewardConfig(),
         trajectories=folder,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from align.data.sampling import Sampling
 from align.model.head import Head
 
 N, D, V = 23, 12, 700
@@ -63,9 +64,9 @@ def run(way: str, temperature: float, loss: Callable[..., Tensor], max_bytes: in
         logprobs, entropy = log_p[torch.arange(N), TARGETS], -(log_p.exp() * log_p).sum(dim=-1)
         total = loss(slice(None), logprobs, entropy)
     elif way == "formed":
-        total, logprobs, entropy = head.token_loss(hidden, TARGETS, loss, temperature=temperature)
+        total, logprobs, entropy = head.token_loss(hidden, TARGETS, loss, Sampling(temperature))
     else:
-        logprobs, entropy = head.logprobs(hidden, TARGETS, temperature=temperature)
+        logprobs, entropy = head.logprobs(hidden, TARGETS, Sampling(temperature))
         total = loss(slice(None), logprobs, entropy)
     total.backward()  # type: ignore[no-untyped-call]
     gradients = [t.grad for t in leaves if t is not None]
@@ -158,3 +159,10 @@ def test_bfloat16_products_stay_near_float32_over_float32_gradients() -> None:
     assert {hidden.grad.dtype, weight.grad.dtype} == {torch.float32}
     assert 1e-4 < relative_error(hidden.grad, exact) < 0.05
     assert 1e-4 < relative_error(weight.grad, exact_weight) < 0.05
+
+
+def test_a_distribution_that_truncates_is_refused_since_its_support_needs_whole_rows() -> None:
+    hidden, targets = torch.zeros(2, 3), torch.tensor([0, 1])
+    for sampling in (Sampling(top_k=2), Sampling(top_p=0.9)):
+        with pytest.raises(ValueError, match="never has the row"):
+            Head(torch.zeros(4, 3)).logprobs(hidden, targets, sampling)

@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from align.data.sampling import Sampling
 from align.model.folder import checked_model_directory
 from align.model.policy import Policy
 from tests.conftest import VOCAB_SIZE, random_qwen3
@@ -52,7 +53,7 @@ def test_the_distribution_behind_entry_t_minus_start_is_that_of_token_t(policy: 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_logprobs_and_entropy_are_those_of_the_naive_distribution(policy: Policy, temperature: float) -> None:
     with torch.no_grad():
-        output = policy.token_logprobs(IDS, start=2, temperature=temperature, with_entropy=True)
+        output = policy.token_logprobs(IDS, start=2, sampling=Sampling(temperature), with_entropy=True)
     assert not output.logprobs[:, :2].any()
     assert not output.entropy[:, :2].any()
     for b, row in enumerate(IDS.tolist()):
@@ -88,7 +89,7 @@ def test_the_gradient_of_the_entropy_is_that_of_finite_differences() -> None:
         rows = [logits[0].tolist(), logits[1].tolist()]  # states past the first share the last row
         return sum(oracle.entropy(oracle.softmax(row, temperature)) for row in rows)
 
-    output = policy.token_logprobs(ids, temperature=temperature, with_entropy=True, entropy_gradient=True)
+    output = policy.token_logprobs(ids, sampling=Sampling(temperature), with_entropy=True, entropy_gradient=True)
     assert float(output.entropy.sum().detach()) == pytest.approx(entropy(table), rel=1e-5)
     output.entropy.sum().backward()
     for row in range(2):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.data.sampling import Sampling
 from align.model.support import kept_tokens, restricted
 from tests.oracles import formulas as oracle
 
@@ -31,24 +32,24 @@ P = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     ],
 )
 def test_four_tokens_by_hand(top_k: int, top_p: float, kept: list[int]) -> None:
-    assert kept_tokens(P.log(), top_k, top_p)[0].nonzero().flatten().tolist() == kept
+    assert kept_tokens(P.log(), Sampling(1.0, top_k, top_p))[0].nonzero().flatten().tolist() == kept
 
 
 def test_tokens_as_likely_as_the_kth_stay_too() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
-    assert kept_tokens(logits, top_k=2).tolist() == [[True, True, True, False]]
+    assert kept_tokens(logits, Sampling(top_k=2)).tolist() == [[True, True, True, False]]
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0, 1, 3, 7, 20]), st.sampled_from([0.05, 0.3, 0.9, 0.999, 1.0]))
 def test_the_support_equals_the_loop(seed: int, top_k: int, top_p: float) -> None:
     logits = 3 * torch.randn(5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    for row, kept in zip(logits.tolist(), kept_tokens(logits, top_k, top_p), strict=True):
+    for row, kept in zip(logits.tolist(), kept_tokens(logits, Sampling(1.0, top_k, top_p)), strict=True):
         assert set(kept.nonzero().flatten().tolist()) == oracle.kept_tokens(row, top_k, top_p)
 
 
 def test_what_is_left_is_renormalised_and_the_dropped_get_no_gradient() -> None:
     logits = P.log().requires_grad_()
-    limited, outside = restricted(logits, torch.tensor([1]), top_k=2, top_p=1.0)
+    limited, outside = restricted(logits, torch.tensor([1]), Sampling(top_k=2))
     logprobs = limited.log_softmax(-1)
     torch.testing.assert_close(logprobs[0, :2].exp(), torch.tensor([4 / 7, 3 / 7]))
     logprobs[0, 1].backward()
@@ -57,22 +58,16 @@ def test_what_is_left_is_renormalised_and_the_dropped_get_no_gradient() -> None:
 
 
 def test_a_sampled_token_outside_the_support_stays_and_is_marked() -> None:
-    limited, outside = restricted(P.log(), torch.tensor([3]), top_k=2, top_p=1.0)
+    limited, outside = restricted(P.log(), torch.tensor([3]), Sampling(top_k=2))
     assert outside.tolist() == [True]
     torch.testing.assert_close(limited.softmax(-1), torch.tensor([[4 / 8, 3 / 8, 0.0, 1 / 8]]))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (0, 0.0), (0, 1.1)])
-def test_limits_out_of_range_are_refused(top_k: int, top_p: float) -> None:
-    with pytest.raises(ValueError, match="top_k is at least 0, top_p above 0 and at most 1"):
-        kept_tokens(P, top_k, top_p)
-
-
 def test_the_importance_weight_of_an_on_policy_token_is_1_under_the_same_support() -> None:
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
-    behavior = logits.masked_fill(~kept_tokens(logits, 5, 0.8), -math.inf).log_softmax(-1)
+    behavior = logits.masked_fill(~kept_tokens(logits, Sampling(1.0, 5, 0.8)), -math.inf).log_softmax(-1)
     tokens = torch.multinomial(behavior.exp(), 1, generator=torch.Generator().manual_seed(1)).flatten()
-    limited, outside = restricted(logits, tokens, 5, 0.8)
+    limited, outside = restricted(logits, tokens, Sampling(1.0, 5, 0.8))
     mine = limited.log_softmax(-1).gather(-1, tokens[:, None])
     torch.testing.assert_close(mine, behavior.gather(-1, tokens[:, None]))
     assert not outside.any()

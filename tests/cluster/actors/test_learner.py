@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.algorithm.config import AlgorithmConfig
+from align.data.sampling import PLAIN
 from align.data.types import Group, Prompt, Ticket
 from align.learner.learner import LearnerConfig
 from align.learner.optimizer import OptimizerConfig
@@ -32,7 +33,7 @@ def learner_actor(model_folder: Path, tmp_path: Path, reward: RewardConfig, **le
         compute_dtype="float32",
         wire_dtype="float32",
         num_steps=3,
-        temperature=1.0,
+        sampling=PLAIN,
         judge=None,
         reward=reward,
         trajectories=tmp_path,

@@ -9,6 +9,7 @@ import pytest
 
 from align.data.packing import pack
 from align.learner.epochs import minibatches
+from align.learner.shares import passes
 from align.model.ranks import Ranks
 from cluster.capacity.bill import SHARED_GPU, Arithmetic, Rates, Role, StepTime, places, read_rates, roles
 from cluster.faults import ConfigError
@@ -185,7 +186,7 @@ def test_micro_batches_are_those_of_a_rank_in_all_optimizer_steps(
     numbers = Arithmetic.of(cfg, SHAPE)
     counted = 0
     for rows in minibatches(24, cfg.algorithm.num_epochs, cfg.algorithm.num_minibatches, version=0):
-        counted += len(list(Ranks(0, num_ranks).passes([100] * len(rows), lambda lengths: pack(lengths, 250))))
+        counted += len(list(passes(Ranks(0, num_ranks), [100] * len(rows), lambda lengths: pack(lengths, 250))))
     assert numbers.max_micro_batches == counted == expected
     assert numbers.optimizer_steps == cfg.algorithm.num_epochs * cfg.algorithm.num_minibatches
 

@@ -14,6 +14,7 @@ import torch
 from align.algorithm.config import AlgorithmConfig
 from align.algorithm.objective import Objective
 from align.data.batching import collate
+from align.data.sampling import PLAIN
 from align.data.types import Prompt, ScoredGroup, Ticket
 from align.learner.learner import LearnerConfig
 from align.learner.optimizer import OptimizerConfig
@@ -210,7 +211,7 @@ def test_an_update_is_bitwise_that_of_the_groups_without_the_failures(
             compute_dtype="float32",
             wire_dtype="float32",
             num_steps=3,
-            temperature=1.0,
+            sampling=PLAIN,
             judge=None,
             reward=ReferenceRewardConfig(),
             trajectories=tmp_path,

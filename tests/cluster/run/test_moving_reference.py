@@ -13,6 +13,7 @@ import torch
 
 import cluster.fleet.handles
 from align.algorithm.config import AlgorithmConfig
+from align.data.sampling import PLAIN
 from align.data.types import FinishReason, Group, Prompt, Ticket, Trajectory, VersionSpan
 from align.learner.learner import LearnerConfig
 from align.learner.optimizer import OptimizerConfig
@@ -207,7 +208,7 @@ def learner(model_folder: Path, tmp_path: Path) -> LearnerActor:
         compute_dtype="float32",
         wire_dtype="bfloat16",
         num_steps=3,
-        temperature=1.0,
+        sampling=PLAIN,
         reward=ReferenceRewardConfig(),
         judge=None,
         trajectories=tmp_path,
