@@ -19,7 +19,7 @@ from align.rules import Rule
 from cluster.actors.usage import BusyClock
 from cluster.actors.weights import ExportedWeights
 from cluster.faults import ActorLost
-from cluster.record.trace import Span
+from cluster.loop.span import Span
 
 if TYPE_CHECKING:
     from cluster.actors.engine.engine import Completion

@@ -25,7 +25,7 @@ from cluster.fleet.placement import new_learner, new_rollout, new_scorer
 from cluster.fleet.publication import canary_gap
 from cluster.fleet.reservation import reserve
 from cluster.fleet.scorers import ScorerHandle
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.spec.config import RunConfig
 
 _NUM_PROMPTS = 4

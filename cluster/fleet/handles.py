@@ -16,11 +16,11 @@ from ray.exceptions import RayError
 
 from align.data.types import Ticket
 from align.metrics import Metric
-from cluster.actors.learner import Answer
 from cluster.actors.rollout import RolloutConfig
 from cluster.actors.weights import Link
 from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights, from_ray, reason
-from cluster.loop.loop import Rollout
+from cluster.loop.answer import Answer
+from cluster.loop.rollout import Rollout
 
 _CAUSE_S = 5.0  # how long Ray may take to tell that a process died
 

@@ -14,9 +14,9 @@ from align.metrics import Metric
 from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, WrongWeights, reason
 from cluster.fleet.handles import Handle, spend
-from cluster.loop.loop import Rollout
-from cluster.record.trace import Span
-from cluster.run.moving_reference import SavedReference
+from cluster.loop.rollout import Rollout
+from cluster.loop.saved_reference import SavedReference
+from cluster.loop.span import Span
 
 Result = TypeVar("Result")
 

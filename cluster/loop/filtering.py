@@ -14,6 +14,7 @@ from align.data.types import Ticket
 from align.metrics import Metric
 from align.rules import Rule
 from cluster.faults import NoSignal
+from cluster.loop.fate import Entry, Fate
 
 
 class FilterConfig(BaseModel):
@@ -89,12 +90,11 @@ class Filter:
         outcome_range: tuple[float, float] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        state = state or {"dropped": [], "rates": {}, "num_skipped": 0}
+        state = state or {"rates": {}, "num_skipped": 0}
         self.cfg = cfg
         self.max_dropped = cfg.max_dropped_batches * groups_per_step
         self.outcome_range = outcome_range
         self.num_skipped: int = state["num_skipped"]
-        self._dropped: list[tuple[int, str, float]] = [tuple(one) for one in state["dropped"]]  # since the last step
         self._pass_rates = PassRates(cfg.curriculum, seed, state["rates"]) if cfg.curriculum else None
 
     def visits(self, ticket: Ticket) -> bool:
@@ -104,48 +104,61 @@ class Filter:
         self.num_skipped += 1
         return False
 
-    def drops(self, ticket: Ticket, outcomes: tuple[float, ...]) -> bool:
-        """Whether the group of a ticket is dropped, which is then on record.
+    def drops(self, outcomes: tuple[float, ...], entries: Iterable[Entry]) -> bool:
+        """Whether a group is dropped.
+
+        Args:
+            outcomes: Of its trajectories.
+            entries: From `Ledger.judge`; those that were filtered count towards the limit.
 
         Raises:
-            NoSignal: If that is one more for this step than the limit.
+            NoSignal: If it is one more for this step than the limit.
         """
         if not self.cfg.drop_without_signal or has_signal(outcomes, self.outcome_range):
             return False
-        self._dropped.append((ticket.number, ticket.prompt.id, self._pass_rate(outcomes)))
-        if len(self._dropped) > self.max_dropped:
-            easy = sum(rate == 1 for *_, rate in self._dropped)
+        earlier = [entry.pass_rate for entry in entries if entry.fate is Fate.FILTERED]
+        rates = [*earlier, self.pass_rate(outcomes)]
+        if len(rates) > self.max_dropped:
+            easy = sum(rate == 1 for rate in rates)
             raise NoSignal(
-                f"{len(self._dropped)} groups of one step were without signal ({easy} too easy: all trajectories reach "
-                f"filter.pass_mark; {len(self._dropped) - easy} too hard: none does); the limit is {self.max_dropped}",
+                f"{len(rates)} groups of one step were without signal ({easy} too easy: all trajectories reach "
+                f"filter.pass_mark; {len(rates) - easy} too hard: none does); the limit is {self.max_dropped}",
                 "take easier or harder prompts, a larger run.group_size, or raise filter.max_dropped_batches",
             )
         return True
 
-    def end_step(self, trained: Iterable[tuple[Ticket, tuple[float, ...]]]) -> list[Metric]:
-        """Take up the outcomes of the step's trained and dropped groups."""
+    def pass_rate(self, outcomes: tuple[float, ...]) -> float:
+        """Share of the trajectories that pass; 0 if none was judged."""
+        return sum(outcome >= self.cfg.pass_mark for outcome in outcomes) / max(len(outcomes), 1)
+
+    def end_step(self, settled: Iterable[Entry]) -> list[Metric]:
+        """Take up the pass rates of the groups that were trained or filtered since the last step, from `Ledger.end_step`."""
         if not self.cfg.drop_without_signal and self._pass_rates is None:
             return []
-        kept = [(ticket.number, ticket.prompt.id, self._pass_rate(outcomes)) for ticket, outcomes in trained]
-        dropped, self._dropped = self._dropped, []
+        settled = list(settled)
+        trained = [entry for entry in settled if entry.fate is Fate.TRAINED]
+        filtered = [entry for entry in settled if entry.fate is Fate.FILTERED]
         if self._pass_rates:
-            for _, prompt_id, rate in sorted([*kept, *dropped]):
-                self._pass_rates.update(prompt_id, rate)
-        passed = sum(rate == 1 for *_, rate in dropped)
+            for entry in sorted([*trained, *filtered], key=lambda entry: entry.number):
+                self._pass_rates.update(entry.prompt_id, entry.pass_rate)
+        passed = sum(entry.pass_rate == 1 for entry in filtered)
         return [
             Metric("filter/dropped_passed", passed),
-            Metric("filter/dropped_failed", len(dropped) - passed),
+            Metric("filter/dropped_failed", len(filtered) - passed),
             Metric("filter/skipped", self.num_skipped),
-            *(Metric("filter/pass_rate", rate) for *_, rate in (*kept, *dropped)),
+            *(Metric("filter/pass_rate", entry.pass_rate) for entry in (*trained, *filtered)),
         ]
 
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, ready for JSON."""
-        rates = self._pass_rates.rates if self._pass_rates else {}
-        return {"dropped": [list(one) for one in self._dropped], "rates": dict(rates), "num_skipped": self.num_skipped}
+    def state(self, settled: Iterable[Entry]) -> dict[str, Any]:
+        """Everything that a resumed run needs, ready for JSON.
 
-    def _pass_rate(self, outcomes: tuple[float, ...]) -> float:
-        return sum(outcome >= self.cfg.pass_mark for outcome in outcomes) / len(outcomes)
+        Args:
+            settled: What the ledger has settled since the last step; see `settled_before`.
+        """
+        filtered = [entry for entry in settled if entry.fate is Fate.FILTERED]
+        dropped = [[entry.number, entry.prompt_id, entry.pass_rate] for entry in filtered]
+        rates = self._pass_rates.rates if self._pass_rates else {}
+        return {"dropped": dropped, "rates": dict(rates), "num_skipped": self.num_skipped}
 
 
 def has_signal(outcomes: tuple[float, ...], outcome_range: tuple[float, float] | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.metrics import Metric
@@ -18,14 +18,13 @@ class Goodput:
     begun when it died, nobody knows. Evaluations are apart: their tokens are for no update. The record of a run that is
     resumed is its metrics.jsonl, so what was sampled after the last line there is on no record either.
 
-    Args:
-        counts: Tokens by fate so far; see `resumed`.
+    Attributes:
+        counts: Tokens by fate so far; at first those that are given, see `resumed`.
     """
 
     def __init__(self, counts: Mapping[str, int] | None = None) -> None:
-        self._counts = dict.fromkeys(FATES, 0) | dict(counts or {})
-        self._waiting: dict[int, int] = {}  # by ticket
-        self._last = dict(self._counts)  # at the end of the last step
+        self.counts = dict.fromkeys(FATES, 0) | dict(counts or {})
+        self._last = dict(self.counts)  # at the end of the last step
 
     @classmethod
     def resumed(cls, lines: Sequence[Mapping[str, Any]], version: int) -> Goodput:
@@ -42,33 +41,24 @@ class Goodput:
         moved = {"trained": -redone, "redone": redone, "left": counts["waiting"], "waiting": -counts["waiting"]}
         return cls({fate: counts[fate] + moved.get(fate, 0) for fate in FATES})
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Tokens by fate so far."""
-        return {**self._counts, "waiting": sum(self._waiting.values())}
+    def sample(self, num_tokens: int) -> None:
+        """Tokens were handed over; they wait for their fate."""
+        self.counts["waiting"] += num_tokens
 
-    def sample(self, ticket: int, num_tokens: int) -> None:
-        """The group of a ticket was handed over."""
-        self._waiting[ticket] = num_tokens
+    def settle(self, num_tokens: int, fate: str) -> None:
+        """What became of so many of the waiting tokens."""
+        self.counts["waiting"] -= num_tokens
+        self.counts[fate] += num_tokens
 
-    def settle(self, ticket: int, fate: str, num_tokens: int | None = None) -> None:
-        """What became of a ticket's waiting tokens, or of some of them; of a ticket that was not handed over it has none."""
-        num_tokens = self._waiting.get(ticket, 0) if num_tokens is None else num_tokens
-        self._counts[fate] += num_tokens
-        self._waiting[ticket] = self._waiting.get(ticket, 0) - num_tokens
-        if not self._waiting[ticket]:
-            del self._waiting[ticket]
-
-    def train(self, tickets: Iterable[int], trained: int, masked: int) -> None:
-        """An update took all waiting tokens of these tickets; those that it neither trained nor masked were skipped."""
-        total = sum(self._waiting.pop(ticket, 0) for ticket in tickets)
-        for fate, num_tokens in (("trained", trained), ("masked", masked), ("skipped", total - trained - masked)):
-            assert num_tokens >= 0, "an update trains no more tokens than it was given"
-            self._counts[fate] += num_tokens
+    def train(self, num_tokens: int, trained: int, masked: int) -> None:
+        """An update took so many of the waiting tokens; those that it neither trained nor masked were skipped."""
+        for fate, num in (("trained", trained), ("masked", masked), ("skipped", num_tokens - trained - masked)):
+            assert num >= 0, "an update trains no more tokens than it was given"
+            self.settle(num, fate)
 
     def metrics(self) -> list[Metric]:
         """The counts, and the goodput of the tokens whose fate was decided since the last call."""
-        counts = self.counts
+        counts = dict(self.counts)
         settled = {fate: counts[fate] - self._last[fate] for fate in FATES if fate != "waiting"}
         self._last = counts
         return [

@@ -4,89 +4,106 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from align.data.types import Ticket
 from align.metrics import Metric
+from cluster.loop.fate import Entry, Fate
 from cluster.loop.goodput import Goodput
+from cluster.loop.rollout import Rollout
 
 
 class Ledger:
-    """Counts tickets by fate and knows which are in flight; and their tokens with them.
+    """The one book of what became of every ticket; all figures about that follow from it.
+
+    The counts of tickets by fate and the goodput of their tokens are kept here. The quarantine's share of failures, the
+    filter's drops and the pass rates of the prompts are read from the entries: those of tickets in flight, and those that were
+    settled since the end of the last step.
 
     Args:
         trained: Tickets trained before this process began (after a resume).
         filtered: Tickets filtered before.
         quarantined: Tickets quarantined before.
         goodput: Counts the tokens.
+        settled: Of those before, the ones that no step has ended; see `settled_before`.
     """
 
     def __init__(
-        self, trained: int = 0, filtered: int = 0, quarantined: int = 0, goodput: Goodput | None = None
+        self,
+        trained: int = 0,
+        filtered: int = 0,
+        quarantined: int = 0,
+        goodput: Goodput | None = None,
+        settled: Iterable[Entry] = (),
     ) -> None:
         self.goodput = goodput or Goodput()
         self.num_admitted = trained + filtered + quarantined
-        self.num_trained = trained
-        self.num_filtered = filtered
-        self.num_quarantined = quarantined
-        self.num_returned = 0
-        self.in_flight: set[int] = set()
+        self.num = {Fate.TRAINED: trained, Fate.FILTERED: filtered, Fate.QUARANTINED: quarantined, Fate.RETURNED: 0}
+        self.in_flight: dict[int, Entry] = {}
+        self.settled = list(settled)  # since the end of the last step
 
-    def admit(self, ticket: int) -> None:
+    def admit(self, ticket: Ticket) -> None:
         """A ticket is being rolled out.
 
         Raises:
             ValueError: If it is in flight already.
         """
-        if ticket in self.in_flight:
-            raise ValueError(f"ticket {ticket} was admitted twice")
-        self.in_flight.add(ticket)
+        if ticket.number in self.in_flight:
+            raise ValueError(f"ticket {ticket.number} was admitted twice")
+        self.in_flight[ticket.number] = Entry(ticket.number, ticket.prompt.id)
         self.num_admitted += 1
 
     def sample(self, ticket: int, num_tokens: int) -> None:
         """The group of a ticket was handed over, with so many sampled tokens."""
-        self.goodput.sample(ticket, num_tokens)
+        self.in_flight[ticket].num_tokens = num_tokens
+        self.goodput.sample(num_tokens)
 
-    def give_back(self, ticket: int) -> None:
-        """A ticket could not be rolled out or scored and will be admitted again."""
-        self.in_flight.remove(ticket)
-        self.num_returned += 1
-        self.goodput.settle(ticket, "returned")
+    def judge(self, rollout: Rollout, pass_rate: float) -> list[Entry]:
+        """The group of a ticket was scored; all entries, its own among them, by which its fate can be decided.
 
-    def filter(self, ticket: int) -> None:
-        """The group of a ticket was dropped, since it has no signal; the ticket is done."""
-        self.in_flight.remove(ticket)
-        self.num_filtered += 1
-        self.goodput.settle(ticket, "filtered")
+        The tokens of trajectories whose reward failed are in quarantine from now on, whatever becomes of the others.
+        """
+        entry = self.in_flight[rollout.ticket.number]
+        entry.num_judged, entry.num_failed = len(rollout.ticket.seeds), len(rollout.failures)
+        entry.pass_rate = pass_rate
+        failed_tokens = sum(failure.num_tokens for failure in rollout.failures)
+        entry.num_tokens -= failed_tokens
+        self.goodput.settle(failed_tokens, Fate.QUARANTINED)
+        return [*self.settled, *self.in_flight.values()]
 
-    def quarantine_part(self, ticket: int, num_tokens: int) -> None:
-        """So many tokens of a ticket's group are in trajectories whose reward failed; the others go on."""
-        self.goodput.settle(ticket, "quarantined", num_tokens)
+    def settle(self, ticket: int, fate: Fate) -> None:
+        """What became of a ticket that is not trained, and of its tokens with it.
 
-    def quarantine(self, ticket: int) -> None:
-        """The group of a ticket was dropped, since its reward failed; the ticket is done."""
-        self.in_flight.remove(ticket)
-        self.num_quarantined += 1
-        self.goodput.settle(ticket, "quarantined")
+        Raises:
+            KeyError: If it is not in flight.
+        """
+        self.goodput.settle(self._close(ticket, fate).num_tokens, fate)
 
-    def train(self, tickets: Iterable[int], trained_tokens: int = 0, masked_tokens: int = 0) -> None:
+    def end_step(self, trained: Iterable[int], trained_tokens: int = 0, masked_tokens: int = 0) -> list[Entry]:
         """Tickets were part of an update, which trained or masked so many of their tokens and skipped the rest.
+
+        Returns:
+            All entries that were settled since the end of the last step, in that order, these tickets' among them.
 
         Raises:
             KeyError: If one is not in flight, so was never admitted or is trained twice.
         """
-        tickets = list(tickets)
-        for ticket in tickets:
-            self.in_flight.remove(ticket)
-            self.num_trained += 1
-        self.goodput.train(tickets, trained_tokens, masked_tokens)
+        num_tokens = sum(self._close(ticket, Fate.TRAINED).num_tokens for ticket in trained)
+        self.goodput.train(num_tokens, trained_tokens, masked_tokens)
+        settled, self.settled = self.settled, []
+        return settled
+
+    def _close(self, ticket: int, fate: Fate) -> Entry:
+        entry = self.in_flight.pop(ticket)
+        entry.fate = fate
+        self.num[fate] += 1
+        if fate is not Fate.RETURNED:
+            self.settled.append(entry)
+        return entry
 
     def metrics(self) -> list[Metric]:
         """The counts, after a check that they add up."""
-        done = self.num_trained + self.num_filtered + self.num_quarantined + self.num_returned
-        assert self.num_admitted == done + len(self.in_flight), "the ledger adds up"
+        assert self.num_admitted == sum(self.num.values()) + len(self.in_flight), "the ledger adds up"
         return [
             Metric("ledger/admitted", self.num_admitted),
-            Metric("ledger/trained", self.num_trained),
-            Metric("ledger/filtered", self.num_filtered),
-            Metric("ledger/quarantined", self.num_quarantined),
-            Metric("ledger/returned", self.num_returned),
+            *(Metric(f"ledger/{fate}", num) for fate, num in self.num.items()),
             *self.goodput.metrics(),
         ]

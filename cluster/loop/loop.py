@@ -1,6 +1,6 @@
 """The main loop: rollout loops fill a bounded buffer, the train loop empties it and publishes the weights.
 
-Imports neither ray nor vllm nor torch; what it drives is behind the protocols below, so that the tests drive the same
+Imports neither ray nor vllm nor torch; what it drives is behind the protocols of `roles`, so that the tests drive the same
 loop with plain async fakes.
 """
 
@@ -8,107 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from align.data.prompts import PromptStream
-from align.data.types import Ticket
-from align.metrics import Metric, reduce
-from cluster.faults import ActorLost, StalenessViolation
+from align.metrics import Metric
+from cluster.faults import ActorLost
+from cluster.loop.batch import check_staleness, learned_tokens, summarize
 from cluster.loop.buffer import Buffer
+from cluster.loop.fate import Fate
 from cluster.loop.filtering import Filter
 from cluster.loop.ledger import Ledger
-from cluster.loop.quarantine import Failure, Quarantine
-from cluster.record.trace import Span
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """A small summary of a group, with an opaque reference to its tokens, which stay out of this process.
-
-    Attributes:
-        outcomes: Sum of the rewards of each trajectory that was judged; known once the group is scored.
-        failures: The trajectories whose reward failed; known then too.
-        spans: Who sampled and who scored it, and when.
-    """
-
-    ticket: Ticket
-    oldest_version: int
-    num_tokens: int
-    num_stopped: int
-    payload: Any
-    scores: Any = None
-    outcomes: tuple[float, ...] = ()
-    failures: tuple[Failure, ...] = ()
-    spans: tuple[Span, ...] = ()
-
-
-class RolloutActor(Protocol):
-    """One process that samples."""
-
-    max_groups: int
-
-    async def rollout(self, ticket: Ticket) -> Rollout:
-        """Sample one group. Raises ActorLost."""
-        ...
-
-
-class Scorer(Protocol):
-    """The processes that judge."""
-
-    async def score(self, rollout: Rollout) -> Rollout:
-        """The same rollout with its rewards and outcomes."""
-        ...
-
-    def end_step(self) -> list[Metric]:
-        """How much of the time since the last call they worked."""
-        ...
-
-
-class Fleet(Protocol):
-    """All rollout actors, and their replacements."""
-
-    @property
-    def actors(self) -> Sequence[RolloutActor]:
-        """The actors that serve now."""
-        ...
-
-    async def replace(self, lost: Any, error: BaseException) -> RolloutActor:
-        """A new actor that serves the current version. Raises RestartBudgetSpent."""
-        ...
-
-    async def publish(self, version: int) -> list[Metric]:
-        """Bring the learner's weights, as `version`, to every actor, verified."""
-        ...
-
-
-class Learner(Protocol):
-    """The process that updates."""
-
-    async def update(self, rollouts: Sequence[Rollout], step: int) -> list[Metric]:
-        """One optimizer step."""
-        ...
-
-
-class Reference(Protocol):
-    """What the policy is compared with."""
-
-    async def refresh(self, step: int) -> list[Metric]:
-        """Take the policy's weights after this step, if its turn has come."""
-        ...
-
-
-class Observer(Protocol):
-    """What happens beside training: logging, evaluation, checkpoints."""
-
-    def after_group(self, rollout: Rollout) -> None:
-        """A group is scored, and its slot filled or given back."""
-        ...
-
-    async def after_step(self, step: int, metrics: list[Metric]) -> None:
-        """Step is trained and published."""
-        ...
+from cluster.loop.quarantine import Quarantine
+from cluster.loop.roles import Fleet, Learner, Observer, Reference, RolloutActor, Scorer
+from cluster.loop.rollout import Rollout
 
 
 @dataclass
@@ -186,26 +99,32 @@ async def roll_out(run: Run, actor: RolloutActor) -> None:
     """
     slot = await run.buffer.reserve()
     ticket = run.prompts.next()
-    run.ledger.admit(ticket.number)
+    run.ledger.admit(ticket)
     try:
         rollout = await actor.rollout(ticket)
         run.ledger.sample(ticket.number, rollout.num_tokens)
         rollout = await run.scorer.score(rollout)
     except BaseException:
         run.prompts.give_back([ticket])
-        run.ledger.give_back(ticket.number)
+        run.ledger.settle(ticket.number, Fate.RETURNED)
         run.buffer.cancel(slot)
         raise
-    run.ledger.quarantine_part(ticket.number, sum(failure.num_tokens for failure in rollout.failures))
-    if run.quarantine.drops(ticket, rollout.failures):
-        run.ledger.quarantine(ticket.number)
-        run.buffer.cancel(slot)
-    elif run.filter.drops(ticket, rollout.outcomes):
-        run.ledger.filter(ticket.number)
+    if dropped := judge(run, rollout):
+        run.ledger.settle(ticket.number, dropped)
         run.buffer.cancel(slot)
     else:
         run.buffer.fill(slot, rollout)
     run.observer.after_group(rollout)
+
+
+def judge(run: Run, rollout: Rollout) -> Fate | None:
+    """The fate of a scored group that is dropped; None for one that is to be trained."""
+    entries = run.ledger.judge(rollout, run.filter.pass_rate(rollout.outcomes))
+    if run.quarantine.drops(rollout.ticket, rollout.failures, entries):
+        return Fate.QUARANTINED
+    if run.filter.drops(rollout.outcomes, entries):
+        return Fate.FILTERED
+    return None
 
 
 async def train_loop(run: Run) -> int:
@@ -230,9 +149,8 @@ async def train_loop(run: Run) -> int:
         run.buffer.release()
         if step == run.last_step:
             run.buffer.close()
-        run.ledger.train((r.ticket.number for r in rollouts), *learned_tokens(update))
-        metrics += run.scorer.end_step() + run.quarantine.end_step(run.ledger.in_flight)
-        metrics += run.filter.end_step((r.ticket, r.outcomes) for r in rollouts)
+        settled = run.ledger.end_step((r.ticket.number for r in rollouts), *learned_tokens(update))
+        metrics += run.scorer.end_step() + run.quarantine.end_step(settled) + run.filter.end_step(settled)
         published = time.perf_counter()
         metrics += summarize(rollouts, published - began) + run.ledger.metrics()
         metrics += [
@@ -260,42 +178,6 @@ async def take_or_stop(run: Run) -> list[Rollout] | None:
     finally:
         for task in (take, stop):
             task.cancel()
-
-
-def check_staleness(rollouts: Sequence[Rollout], version: int, limit: int) -> list[Metric]:
-    """Staleness of every group at consumption.
-
-    Raises:
-        StalenessViolation: If one is above the limit.
-    """
-    for rollout in rollouts:
-        staleness = version - rollout.oldest_version
-        if not 0 <= staleness <= limit:
-            raise StalenessViolation(
-                f"ticket {rollout.ticket.number} was sampled by version {rollout.oldest_version} and met learner version "
-                f"{version}: staleness {staleness}, the limit is {limit}",
-                "this is a defect of the loop; please report it with the run folder",
-            )
-    values = [version - rollout.oldest_version for rollout in rollouts]
-    return [Metric("staleness/mean", sum(values) / len(values)), Metric("staleness/max", max(values))]
-
-
-def learned_tokens(update: Sequence[Metric]) -> tuple[int, int]:
-    """Tokens that an update trained, and those that it masked; a number that it does not give is 0."""
-    values = reduce(update)
-    return int(values.get("tokens/trained", 0)), int(values.get("tokens/masked", 0))
-
-
-def summarize(rollouts: Sequence[Rollout], elapsed_s: float) -> list[Metric]:
-    """Lengths, endings and speed of a batch."""
-    num_trajectories = sum(len(r.ticket.seeds) for r in rollouts)
-    num_tokens = sum(r.num_tokens for r in rollouts)
-    return [
-        Metric("trajectory/completion_tokens_mean", num_tokens / num_trajectories),
-        Metric("trajectory/stopped_fraction", sum(r.num_stopped for r in rollouts) / num_trajectories),
-        Metric("tokens/generated", num_tokens),
-        Metric("throughput/generated_tokens_per_s", num_tokens / elapsed_s),
-    ]
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

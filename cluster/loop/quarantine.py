@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from align.data.types import Ticket
 from align.metrics import Metric
 from cluster.faults import RewardError
+from cluster.loop.fate import Entry
 from cluster.redaction import redact
 
 
@@ -56,7 +57,7 @@ class Failure:
 
 
 class Quarantine:
-    """Counts failures, writes each to quarantine.jsonl, and ends the run above a share of them.
+    """Judges groups by their failures, writes each to quarantine.jsonl, and ends the run above a share of them.
 
     A trajectory in quarantine is as if it had never been sampled: it is in no baseline, no advantage and no denominator. A
     group of which fewer than two trajectories are left (of groups of one: none) is dropped, and another prompt takes its slot.
@@ -72,33 +73,34 @@ class Quarantine:
     """
 
     def __init__(self, cfg: QuarantineConfig, path: Path, state: Mapping[str, Any] | None = None) -> None:
-        state = state or {"recent": "", "decided": []}
+        state = state or {"recent": ""}
         self.cfg = cfg
         self._path = path
         self._recent = deque(map(int, state["recent"]), cfg.window)  # 1 for a failure; of earlier steps, newest last
-        self._judged = {ticket: (num, failed) for ticket, num, failed in state["decided"]}  # trajectories, since then
 
-    def drops(self, ticket: Ticket, failures: Sequence[Failure]) -> bool:
+    def drops(self, ticket: Ticket, failures: Sequence[Failure], entries: Iterable[Entry]) -> bool:
         """Whether too few trajectories of a group are left; its failures are on record then.
+
+        Args:
+            ticket: Of the group.
+            failures: Of the group.
+            entries: From `Ledger.judge`.
 
         Raises:
             RewardError: If the newest trajectories have more failures than the limit.
         """
-        num = len(ticket.seeds)
-        self._judged[ticket.number] = (num, len(failures))
         if failures:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(
                     json.dumps(asdict(failure) | {"traceback": redact(failure.traceback)}) + "\n"
                     for failure in failures
                 )
-            self._check(failures[-1])
+            self._check(failures[-1], entries)
+        num = len(ticket.seeds)
         return num - len(failures) < min(2, num)
 
-    def _check(self, newest: Failure) -> None:
-        recent = deque(
-            [*self._recent, *_marks(self._judged[ticket] for ticket in sorted(self._judged))], self.cfg.window
-        )
+    def _check(self, newest: Failure, entries: Iterable[Entry]) -> None:
+        recent = deque([*self._recent, *_marks(entries)], self.cfg.window)
         if sum(recent) > self.cfg.max_fraction * self.cfg.window:
             raise RewardError(
                 f"the reward failed for {sum(recent)} of the last {len(recent)} trajectories; the limit is "
@@ -107,20 +109,27 @@ class Quarantine:
                 f"correct the reward, or take such prompts out; all failures are in {self._path}",
             )
 
-    def end_step(self, in_flight: Container[int]) -> list[Metric]:
-        """The share of failures in the groups that were trained or dropped since the last call: all but those in flight."""
-        decided = [self._judged.pop(ticket) for ticket in sorted(self._judged) if ticket not in in_flight]
-        self._recent.extend(_marks(decided))
-        failed, judged = sum(failed for _, failed in decided), sum(num for num, _ in decided)
+    def end_step(self, settled: Sequence[Entry]) -> list[Metric]:
+        """The share of failures in the groups that were trained or dropped since the last step, from `Ledger.end_step`."""
+        self._recent.extend(_marks(settled))
+        failed, judged = sum(entry.num_failed for entry in settled), sum(entry.num_judged for entry in settled)
         return [Metric("reward/quarantined_fraction", failed / max(judged, 1))]
 
-    def state(self, in_flight: Container[int]) -> dict[str, Any]:
-        """Everything that a resumed run needs, ready for JSON. Groups in flight are judged again."""
-        decided = [[ticket, *numbers] for ticket, numbers in sorted(self._judged.items()) if ticket not in in_flight]
+    def state(self, settled: Iterable[Entry]) -> dict[str, Any]:
+        """Everything that a resumed run needs, ready for JSON. Groups in flight are judged again.
+
+        Args:
+            settled: What the ledger has settled since the last step; see `settled_before`.
+        """
+        decided = [[entry.number, entry.num_judged, entry.num_failed] for entry in _by_number(settled)]
         return {"recent": "".join(map(str, self._recent)), "decided": decided}
 
 
-def _marks(groups: Iterable[tuple[int, int]]) -> Iterator[int]:
-    """1 for each failure of a group and 0 for each other trajectory, from (trajectories, failures)."""
-    for num, failed in groups:
-        yield from [1] * failed + [0] * (num - failed)
+def _by_number(entries: Iterable[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: entry.number)
+
+
+def _marks(entries: Iterable[Entry]) -> Iterator[int]:
+    """1 for each failure of a group and 0 for each other trajectory, group by group in the order of tickets."""
+    for entry in _by_number(entries):
+        yield from [1] * entry.num_failed + [0] * (entry.num_judged - entry.num_failed)

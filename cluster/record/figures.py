@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.demo.judges import JUDGES
-from cluster.actors.learner import Answer
+from cluster.loop.answer import Answer
 from cluster.loop.goodput import shares
 from cluster.record.folder import write_atomically
 

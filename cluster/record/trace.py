@@ -5,31 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cluster.loop.span import Span
 
 MAX_BYTES = 256 << 20  # viewers in a browser take little more
 _FIRST_PID = {"loop": 1, "rollout": 1_000, "scorer": 1_000_000}  # a number of a track in the trace, not of a process
 _PHASES = ("other", "rollout_wait", "update", "publish")  # of a step, in their order
 _END = "\n]\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A piece of work, timed in the process that did it.
-
-    Attributes:
-        role: "loop", "rollout" or "scorer".
-        rank: Number within the role.
-        began_s: Seconds since the epoch, by the clock of that process's machine.
-        ended_s: So too.
-    """
-
-    role: str
-    rank: int
-    began_s: float
-    ended_s: float
 
 
 class Trace:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from align.data.prompts import PromptStream
 from align.data.types import Prompt, Ticket
 from align.metrics import Metric
-from cluster.actors.learner import Answer
 from cluster.faults import ActorLost
 from cluster.fleet.placement import Workers
 from cluster.fleet.publication import FleetHandle
-from cluster.loop.loop import Rollout
+from cluster.loop.answer import Answer
+from cluster.loop.rollout import Rollout
 
 _DISTRIBUTION_BYTES = 128 << 20  # whole-vocabulary distributions that travel at once
 _NUM_JUDGED = 16  # groups in one call of the learner, which has a deadline

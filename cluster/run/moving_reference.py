@@ -5,26 +5,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from align.metrics import Metric
+from cluster.loop.saved_reference import SavedReference
 from cluster.record.folder import remove_tree
-
-
-@dataclass(frozen=True, slots=True)
-class SavedReference:
-    """A policy that was saved to be the reference.
-
-    Attributes:
-        folder: Hugging Face folder; scorers have to see it.
-        version: Its policy version.
-        fingerprint: Of its weights in float32; what a scorer loads must have it.
-    """
-
-    folder: Path
-    version: int
-    fingerprint: str
 
 
 class MovingReference:

@@ -18,11 +18,13 @@ from align.metrics import Metric, reduce
 from cluster.faults import INTERRUPTED
 from cluster.fleet.placement import cluster_address, start_workers
 from cluster.loop.buffer import Buffer
+from cluster.loop.fate import Fate, settled_before
 from cluster.loop.filtering import Filter
 from cluster.loop.goodput import Goodput
 from cluster.loop.ledger import Ledger
-from cluster.loop.loop import Rollout, Run, run_loop
+from cluster.loop.loop import Run, run_loop
 from cluster.loop.quarantine import Quarantine
+from cluster.loop.rollout import Rollout
 from cluster.record import checkpoint
 from cluster.record.alerts import Alerts
 from cluster.record.figures import Samples, read_lines, read_rows, seconds_so_far, summarize_run
@@ -201,7 +203,13 @@ class Training:
             learner=self.workers.learner,
             reference=self.reference,
             observer=self,
-            ledger=Ledger(state.num_trained, state.num_filtered, state.num_quarantined, goodput),
+            ledger=Ledger(
+                state.num_trained,
+                state.num_filtered,
+                state.num_quarantined,
+                goodput,
+                settled_before(state.quarantine, state.filter),
+            ),
             max_staleness=cfg.run.max_staleness,
             first_step=state.version + 1,
             last_step=cfg.run.steps,
@@ -278,11 +286,11 @@ class Training:
             version=step,
             cursor=run.prompts.cursor,
             leased=tuple(sorted([*run.prompts.returned, *run.ledger.in_flight])),
-            num_trained=run.ledger.num_trained,
-            num_filtered=run.ledger.num_filtered,
-            num_quarantined=run.ledger.num_quarantined,
-            quarantine=run.quarantine.state(run.ledger.in_flight),
-            filter=run.filter.state(),
+            num_trained=run.ledger.num[Fate.TRAINED],
+            num_filtered=run.ledger.num[Fate.FILTERED],
+            num_quarantined=run.ledger.num[Fate.QUARANTINED],
+            quarantine=run.quarantine.state(run.ledger.settled),
+            filter=run.filter.state(run.ledger.settled),
             reference_version=reference.version if reference else 0,
             reference_fingerprint=reference.fingerprint if reference else "",
             wandb_id=known_run_id(self.folder.path) or "",

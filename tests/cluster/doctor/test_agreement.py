@@ -13,7 +13,7 @@ from align.data.types import FinishReason, Group, Prompt, Ticket, Trajectory, Ve
 from cluster.doctor import agreement as subject
 from cluster.doctor.agreement import agreement, compared
 from cluster.faults import ActorLost
-from cluster.loop.loop import Rollout
+from cluster.loop.rollout import Rollout
 from cluster.spec.config import RunConfig
 from tests.fakes.run_files import config
 

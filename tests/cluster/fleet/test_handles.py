@@ -19,8 +19,8 @@ from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDiverged, WrongWeights
 from cluster.fleet.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
 from cluster.fleet.scorers import ScorerHandle, ScorerPool
-from cluster.loop.loop import Rollout
-from cluster.record.trace import Span
+from cluster.loop.rollout import Rollout
+from cluster.loop.span import Span
 
 TICKET = Ticket(5, Prompt("p", "prompt", (1, 2)), (7,))
 ROLLOUT = Rollout(TICKET, oldest_version=3, num_tokens=9, num_stopped=1, payload="group 5")

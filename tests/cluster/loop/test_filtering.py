@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from align.data.prompts import derive_seed
 from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
 from cluster.faults import ActorLost, NoSignal
+from cluster.loop.fate import Entry, Fate, settled_before
 from cluster.loop.filtering import Filter, FilterConfig, has_signal
 from cluster.loop.loop import Run, run_loop
-from tests.cluster.loop.test_loop import (
+from tests.fakes.loop import (
     FakeActor,
     World,
     complete,
@@ -25,6 +27,7 @@ from tests.cluster.loop.test_loop import (
     largest_staleness,
     make_run,
     run_and_act,
+    saved,
     trained,
 )
 
@@ -34,6 +37,11 @@ MIXED, PASSED, FAILED = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 
 def ticket(number: int, prompt: str = "p") -> Ticket:
     return Ticket(number, Prompt(prompt, "", (1,)), (0, 1))
+
+
+def entries(judge: Filter, groups: Mapping[int, tuple[float, ...]], fate: Fate, prompt: str = "p") -> list[Entry]:
+    """The ledger's entries of groups with these outcomes."""
+    return [Entry(n, prompt, pass_rate=judge.pass_rate(outcomes), fate=fate) for n, outcomes in groups.items()]
 
 
 # --- signal ------------------------------------------------------------------------------------------------------
@@ -85,27 +93,30 @@ def test_what_is_dropped_is_what_gives_the_learner_no_advantage(
 
 def test_a_filter_that_is_off_drops_nothing_and_says_nothing() -> None:
     judge = Filter(FilterConfig(), groups_per_step=2, seed=0)
-    assert not judge.drops(ticket(0), PASSED)
-    assert judge.end_step([(ticket(0), PASSED)]) == []
+    assert not judge.drops(PASSED, [])
+    assert judge.end_step(entries(judge, {0: PASSED}, Fate.TRAINED)) == []
     assert judge.visits(ticket(1))
 
 
 def test_drops_are_counted_by_what_their_trajectories_did_and_pass_rates_cover_all_groups() -> None:
     judge = Filter(DROP, groups_per_step=2, seed=0)
     groups = {0: PASSED, 1: MIXED, 2: FAILED, 3: FAILED, 4: (1.0, 0.0)}
-    assert [judge.drops(ticket(n), outcomes) for n, outcomes in groups.items()] == [True, False, True, True, False]
-    metrics = reduce(judge.end_step((ticket(n), groups[n]) for n in (1, 4)))
+    assert [judge.drops(outcomes, []) for outcomes in groups.values()] == [True, False, True, True, False]
+    filtered = entries(judge, {n: groups[n] for n in (0, 2, 3)}, Fate.FILTERED)
+    trained = entries(judge, {n: groups[n] for n in (1, 4)}, Fate.TRAINED)
+    quarantined = entries(judge, {5: PASSED}, Fate.QUARANTINED)
+    metrics = reduce(judge.end_step([*filtered, *quarantined, *trained]))
     assert (metrics["filter/dropped_passed"], metrics["filter/dropped_failed"]) == (1, 2)
     assert metrics["filter/pass_rate"] == pytest.approx((1 + 0.5 + 0 + 0 + 0.5) / 5)
-    assert reduce(judge.end_step([(ticket(5), MIXED)]))["filter/dropped_failed"] == 0, "a new step counts anew"
 
 
 def test_one_group_more_than_the_limit_ends_the_run_and_says_whether_prompts_are_too_easy_or_too_hard() -> None:
     judge = Filter(FilterConfig(drop_without_signal=True, max_dropped_batches=2), groups_per_step=2, seed=0)
-    for number in range(4):
-        assert judge.drops(ticket(number), PASSED)
+    filtered = entries(judge, dict.fromkeys(range(4), PASSED), Fate.FILTERED)
+    others = [*entries(judge, {5: MIXED}, Fate.TRAINED), *entries(judge, {6: PASSED}, Fate.QUARANTINED)]
+    assert judge.drops(PASSED, [*filtered[:3], *others])
     with pytest.raises(NoSignal, match=r"5 groups .*\(4 too easy.*; 1 too hard.*the limit is 4"):
-        judge.drops(ticket(4), FAILED)
+        judge.drops(FAILED, [*filtered, *others])
 
 
 # --- curriculum --------------------------------------------------------------------------------------------------
@@ -114,26 +125,28 @@ def test_one_group_more_than_the_limit_ends_the_run_and_says_whether_prompts_are
 def test_pass_rates_change_at_the_end_of_a_step_in_the_order_of_tickets() -> None:
     cfg = FilterConfig(drop_without_signal=True, curriculum=CurriculumConfig(low=0.1, high=0.9, newest_weight=0.5))
     judge = Filter(cfg, groups_per_step=2, seed=0)
-    judge.drops(ticket(2), PASSED)
-    judge.drops(ticket(0), FAILED)
-    assert judge.state()["rates"] == {}
-    judge.end_step([(ticket(1), MIXED), (ticket(3, "other"), (1.0, 1.0, 0.0, 0.0))])
-    assert judge.state()["rates"] == {"p": 0.5 * (0.5 * 0 + 0.5 * 0.5) + 0.5 * 1, "other": 0.5}
+    filtered = entries(judge, {2: PASSED, 0: FAILED}, Fate.FILTERED)
+    assert judge.state(filtered)["rates"] == {}
+    other = entries(judge, {3: (1.0, 1.0, 0.0, 0.0)}, Fate.TRAINED, "other")
+    judge.end_step([*filtered, *entries(judge, {1: MIXED}, Fate.TRAINED), *other])
+    assert judge.state([])["rates"] == {"p": 0.5 * (0.5 * 0 + 0.5 * 0.5) + 0.5 * 1, "other": 0.5}
 
 
 def test_a_state_goes_through_json_and_back() -> None:
     cfg = FilterConfig(drop_without_signal=True, max_dropped_batches=1, curriculum=CurriculumConfig(high=0.9))
     judge = Filter(cfg, groups_per_step=1, seed=3)
-    judge.end_step([(ticket(0, "easy"), PASSED), (ticket(1, "thirds"), (1.0, 1.0, 0.0))])
-    judge.drops(ticket(2, "easy"), PASSED)
+    judge.end_step(entries(judge, {0: PASSED}, Fate.TRAINED, "easy"))
+    judge.end_step(entries(judge, {1: (1.0, 1.0, 0.0)}, Fate.TRAINED, "thirds"))
+    filtered = entries(judge, {2: PASSED}, Fate.FILTERED, "easy")
     visits = [judge.visits(ticket(n, "easy")) for n in range(3, 40)]
-    state = json.loads(json.dumps(judge.state()))
+    state = json.loads(json.dumps(judge.state(filtered)))
     resumed = Filter(cfg, groups_per_step=1, seed=3, state=state)
-    assert resumed.state() == judge.state() == state
+    assert settled_before({}, state) == filtered
+    assert resumed.state(filtered) == judge.state(filtered) == state
     assert state["num_skipped"] == visits.count(False) > 0
     assert [resumed.visits(ticket(n, "easy")) for n in range(3, 40)] == visits
     with pytest.raises(NoSignal):
-        resumed.drops(ticket(50), FAILED)
+        resumed.drops(FAILED, filtered)
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------
@@ -161,7 +174,7 @@ def assert_every_ticket_has_one_fate(run: Run, world: World, earlier: list[int])
     fates = [*earlier, *flat(trained(world)), *run.prompts.returned, *run.ledger.in_flight]
     assert len(fates) == len(set(fates))
     rest = set(range(run.prompts.cursor)) - set(fates)
-    assert len(rest) == run.ledger.num_filtered + run.filter.num_skipped
+    assert len(rest) == run.ledger.num[Fate.FILTERED] + run.filter.num_skipped
     if not run.filter.num_skipped:
         assert not any(has_signal(world.outcomes(ticket(number)), None) for number in rest)
 
@@ -245,7 +258,7 @@ def test_the_limit_is_one_of_a_step_and_not_of_the_run() -> None:
     cfg = FilterConfig(drop_without_signal=True, max_dropped_batches=2)
     run = make_run(world, steps=6, groups_per_step=2, filtering=cfg)
     assert complete(run_loop(run)) == 6
-    assert run.ledger.num_filtered == 24
+    assert run.ledger.num[Fate.FILTERED] == 24
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
@@ -282,21 +295,16 @@ def test_a_run_with_filter_that_is_stopped_anywhere_and_resumed_trains_every_pro
         again = World(dice=random.Random(turns + 1), outcomes=outcomes)
         resumed = make_run(
             again,
-            version=last,
-            cursor=run.prompts.cursor,
-            leased=sorted({*run.prompts.returned, *run.ledger.in_flight}),
-            num_trained=run.ledger.num_trained,
-            num_filtered=run.ledger.num_filtered,
             filtering=cfg,
-            filter_state=json.loads(json.dumps(run.filter.state())),
+            **saved(run, last),
             **shape,
         )
         assert complete(run_loop(resumed)) == steps
         assert_every_ticket_has_one_fate(resumed, again, flat(trained(world)))
         if max_staleness == 0:
             assert trained(world) + trained(again) == trained(straight)
-            assert resumed.filter.state() == whole.filter.state()
-            assert resumed.ledger.num_filtered == whole.ledger.num_filtered
+            assert resumed.filter.state(resumed.ledger.settled) == whole.filter.state(whole.ledger.settled)
+            assert resumed.ledger.num[Fate.FILTERED] == whole.ledger.num[Fate.FILTERED]
     assert len(ends) >= 4, "the stops fell into the steps"
 
 
@@ -320,5 +328,5 @@ def test_a_skipped_prompt_is_never_rolled_out() -> None:
     complete(run_loop(run))
     rolled_out = [run.prompts.ticket(number).prompt.id for _, number, _ in world.events("rollout")]
     assert rolled_out.count("p0") < rolled_out.count("p1") / 3
-    last: list[Metric] = run.filter.end_step([(ticket(999), MIXED)])
+    last: list[Metric] = run.filter.end_step(entries(run.filter, {999: MIXED}, Fate.TRAINED))
     assert reduce(last)["filter/skipped"] == run.filter.num_skipped >= 6

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +16,8 @@ from cluster.faults import ActorLost
 from cluster.loop.filtering import FilterConfig
 from cluster.loop.goodput import FATES, Goodput, shares
 from cluster.loop.loop import Run, run_loop
-from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.cluster.loop.test_loop import FakeActor, World, complete, make_run, run_and_act, trained
+from cluster.loop.quarantine import Failure, QuarantineConfig
+from tests.fakes.loop import FakeActor, World, complete, make_run, run_and_act, saved, trained
 
 STEPS, GROUPS = 5, 2
 
@@ -33,15 +31,14 @@ def values(goodput: Goodput) -> dict[str, float]:
 
 def test_each_fate_has_its_tokens_and_together_they_are_all_that_was_sampled() -> None:
     goodput = Goodput()
-    for ticket, num_tokens in ((0, 100), (1, 30), (2, 20), (3, 7), (4, 50)):
-        goodput.sample(ticket, num_tokens)
-    goodput.settle(1, "filtered")
-    goodput.settle(2, "returned")
-    goodput.settle(0, "quarantined", 10)
-    goodput.settle(4, "quarantined", 20)
-    goodput.settle(4, "quarantined")
-    goodput.settle(9, "returned")  # lost before it was handed over
-    goodput.train([0], trained=60, masked=25)
+    for num_tokens in (100, 30, 20, 7, 50):
+        goodput.sample(num_tokens)
+    goodput.settle(30, "filtered")
+    goodput.settle(20, "returned")
+    goodput.settle(10, "quarantined")
+    goodput.settle(50, "quarantined")
+    goodput.settle(0, "returned")  # lost before it was handed over
+    goodput.train(90, trained=60, masked=25)
     expected = {
         "trained": 60,
         "masked": 25,
@@ -58,21 +55,20 @@ def test_each_fate_has_its_tokens_and_together_they_are_all_that_was_sampled() -
 
 def test_the_goodput_of_a_step_is_that_of_the_tokens_that_it_decided_on() -> None:
     goodput = Goodput()
-    for ticket in range(4):
-        goodput.sample(ticket, 10)
-    goodput.train([0], trained=10, masked=0)
-    goodput.settle(1, "filtered")
+    goodput.sample(40)
+    goodput.train(10, trained=10, masked=0)
+    goodput.settle(10, "filtered")
     assert values(goodput)["goodput/trained_fraction"] == 0.5
-    goodput.train([2], trained=9, masked=1)
+    goodput.train(10, trained=9, masked=1)
     assert values(goodput)["goodput/trained_fraction"] == 0.9
     assert values(goodput)["goodput/trained_fraction"] == 0, "nothing was decided"
 
 
 def test_an_update_that_claims_more_tokens_than_it_was_given_is_noticed() -> None:
     goodput = Goodput()
-    goodput.sample(0, 10)
+    goodput.sample(10)
     with pytest.raises(AssertionError, match="no more tokens than it was given"):
-        goodput.train([0], trained=11, masked=0)
+        goodput.train(10, trained=11, masked=0)
 
 
 def test_shares_are_those_of_a_row_and_none_without_tokens() -> None:
@@ -145,8 +141,9 @@ def eventful_world(seed: int) -> World:
 
 def eventful_run(world: World, **more: Any) -> Run:
     filtering = FilterConfig(drop_without_signal=True, max_dropped_batches=50)
-    quarantine = Quarantine(QuarantineConfig(max_fraction=0.99), Path(os.devnull))
-    more = {"num_actors": 2, "restarts": 9, "filtering": filtering, "quarantine": quarantine, "group_size": 3, **more}
+    quarantining = QuarantineConfig(max_fraction=0.99)
+    more = {"filtering": filtering, "quarantining": quarantining, "group_size": 3, **more}
+    more = {"num_actors": 2, "restarts": 9, **more}
     return make_run(world, steps=STEPS, groups_per_step=GROUPS, **more)
 
 
@@ -206,13 +203,8 @@ def test_shares_add_up_to_1_over_a_stop_and_a_resume(seed: int, turns: int, max_
     resumed = eventful_run(
         again,
         max_staleness=max_staleness,
-        version=last,
-        cursor=run.prompts.cursor,
-        leased=sorted({*run.prompts.returned, *run.ledger.in_flight}),
-        num_trained=run.ledger.num_trained,
-        num_filtered=run.ledger.num_filtered,
-        filter_state=run.filter.state(),
         goodput=first,
+        **saved(run, last),
     )
     assert complete(run_loop(resumed)) == STEPS
     for row in resumed.observer.metrics:  # type: ignore[attr-defined]

@@ -3,257 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
-from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections import defaultdict
 from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from align.data.prompts import PromptStream
-from align.data.types import Prompt, Ticket
-from align.metrics import Metric, reduce
-from cluster.faults import ActorLost, RestartBudgetSpent, StalenessViolation
-from cluster.loop.buffer import Buffer
-from cluster.loop.filtering import Filter, FilterConfig
-from cluster.loop.goodput import Goodput
-from cluster.loop.ledger import Ledger
-from cluster.loop.loop import Rollout, Run, first_error, run_loop
-from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
-
-PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1, 2)) for number in range(5)]
-GROUP_SIZE = 2
-
-
-@dataclass
-class World:
-    """What the fakes share.
-
-    Attributes:
-        pace: Turns of the event loop that a piece of work takes, by what it is; `None` decides by dice.
-        dice: Decides them.
-        hooks: Called in the middle of "rollout", "score", "update", "publish", "replace" and "after_step" with what the
-            work is about; may raise or wait.
-        reported: Oldest version that is reported for a ticket, where it is not the true one.
-        outcomes: Outcomes of the group of a ticket.
-        failures: Failures of the reward on the group of a ticket.
-        skips: Steps whose update is not finite.
-        masked: Tokens that every update masks.
-        reference: Policy version that the scorers' reference has.
-        log: What happened, in order.
-    """
-
-    pace: dict[str, int] = field(default_factory=dict)
-    dice: random.Random | None = None
-    hooks: dict[str, Callable[[Any], Awaitable[None]]] = field(default_factory=dict)
-    reported: dict[int, int] = field(default_factory=dict)
-    outcomes: Callable[[Ticket], tuple[float, ...]] = lambda _: (0.0, 1.0)
-    failures: Callable[[Ticket], tuple[Failure, ...]] = lambda _: ()
-    skips: set[int] = field(default_factory=set)
-    masked: int = 0
-    reference: int = 0
-    log: list[tuple[Any, ...]] = field(default_factory=list)
-
-    async def work(self, what: str, about: Any) -> None:
-        turns = self.pace.get(what, 1) if self.dice is None else self.dice.randrange(12)
-        for _ in range(turns):
-            await asyncio.sleep(0)  # lets the others run; no time passes
-        if what in self.hooks:
-            await self.hooks[what](about)
-
-    def events(self, *kinds: str) -> list[tuple[Any, ...]]:
-        return [event for event in self.log if event[0] in kinds]
-
-
-@dataclass(eq=False)
-class FakeActor:
-    world: World
-    rank: int
-    version: int
-    max_groups: int = 4
-
-    async def rollout(self, ticket: Ticket) -> Rollout:
-        oldest = self.version
-        self.world.log.append(("rollout", ticket.number, self.rank))
-        await self.world.work("rollout", (self, ticket))
-        oldest = self.world.reported.get(ticket.number, oldest)
-        self.world.log.append(("handed over", ticket.number))
-        return Rollout(ticket, oldest, num_tokens=10 + ticket.number, num_stopped=1, payload=f"group {ticket.number}")
-
-
-@dataclass
-class FakeScorer:
-    world: World
-
-    async def score(self, rollout: Rollout) -> Rollout:
-        await self.world.work("score", rollout)
-        self.world.log.append(("score", rollout.ticket.number, self.world.reference))
-        outcomes = self.world.outcomes(rollout.ticket)
-        failures = self.world.failures(rollout.ticket)
-        outcomes = outcomes[len(failures) :]
-        return replace(rollout, scores=f"scores of {rollout.payload}", outcomes=outcomes, failures=failures)
-
-    def end_step(self) -> list[Metric]:
-        return []
-
-
-@dataclass
-class FakeFleet:
-    world: World
-    actors: list[FakeActor]
-    version: int
-    restarts_left: int = 3
-
-    async def replace(self, lost: Any, error: BaseException) -> FakeActor:
-        self.world.log.append(("replace", lost.rank, error))
-        if not self.restarts_left:
-            raise RestartBudgetSpent(f"{error}; no restart is left")
-        self.restarts_left -= 1
-        await self.world.work("replace", lost)
-        fresh = FakeActor(self.world, lost.rank, self.version, lost.max_groups)
-        self.actors[self.actors.index(lost)] = fresh
-        return fresh
-
-    async def publish(self, version: int) -> list[Metric]:
-        self.version = version  # a replacement that starts now serves it already
-        for actor in list(self.actors):  # the others take it up one after the other
-            await self.world.work("publish", version)
-            actor.version = version
-        for actor in self.actors:
-            actor.version = version
-        self.world.log.append(("published", version))
-        return [Metric("weights/version", version)]
-
-
-@dataclass
-class FakeLearner:
-    world: World
-
-    async def update(self, rollouts: Sequence[Rollout], step: int) -> list[Metric]:
-        assert all(rollout.scores == f"scores of {rollout.payload}" for rollout in rollouts)
-        tickets = [rollout.ticket.number for rollout in rollouts]
-        staleness = max(step - 1 - rollout.oldest_version for rollout in rollouts)
-        self.world.log.append(("update", step, tickets, staleness))
-        await self.world.work("update", step)
-        judged = [r.num_tokens - sum(failure.num_tokens for failure in r.failures) for r in rollouts]
-        trained = 0 if step in self.world.skips else sum(judged) - self.world.masked
-        return [Metric("tokens/trained", trained), Metric("tokens/masked", self.world.masked)]
-
-
-@dataclass
-class FakeReference:
-    world: World
-    every: int
-
-    async def refresh(self, step: int) -> list[Metric]:
-        await self.world.work("refresh", step)
-        if self.every and step % self.every == 0:
-            self.world.reference = step
-            self.world.log.append(("refreshed", step))
-        return []
-
-
-@dataclass
-class FakeObserver:
-    world: World
-    metrics: list[dict[str, float]] = field(default_factory=list)
-
-    def after_group(self, rollout: Rollout) -> None:
-        self.world.log.append(("after_group", rollout.ticket.number))
-
-    async def after_step(self, step: int, metrics: list[Metric]) -> None:
-        self.world.log.append(("after_step", step))
-        self.metrics.append(reduce(metrics))
-        await self.world.work("after_step", step)
-
-
-class LoggedBuffer(Buffer[Rollout]):
-    """A real buffer that also writes its releases into the log."""
-
-    world: World
-
-    def release(self) -> None:
-        self.world.log.append(("release",))
-        super().release()
-
-
-def make_run(
-    world: World,
-    *,
-    steps: int = 4,
-    groups_per_step: int = 2,
-    group_size: int = GROUP_SIZE,
-    max_staleness: int = 0,
-    num_actors: int = 1,
-    max_groups: int = 4,
-    restarts: int = 3,
-    version: int = 0,
-    cursor: int = 0,
-    leased: Sequence[int] = (),
-    num_trained: int = 0,
-    num_filtered: int = 0,
-    filtering: FilterConfig | None = None,
-    filter_state: Mapping[str, Any] | None = None,
-    quarantine: Quarantine | None = None,
-    goodput: Goodput | None = None,
-    refresh_every: int = 0,
-) -> Run:
-    buffer = LoggedBuffer(groups_per_step, max_staleness)
-    buffer.world = world
-    actors = [FakeActor(world, rank, version, max_groups) for rank in range(num_actors)]
-    filter_ = Filter(filtering or FilterConfig(), groups_per_step, 7, state=filter_state)
-    return Run(
-        prompts=PromptStream(PROMPTS, group_size, 7, cursor, deque(leased), filter_.visits),
-        buffer=buffer,
-        fleet=FakeFleet(world, actors, version, restarts),
-        scorer=FakeScorer(world),
-        quarantine=quarantine or Quarantine(QuarantineConfig(), Path(os.devnull)),
-        filter=filter_,
-        learner=FakeLearner(world),
-        reference=FakeReference(world, refresh_every),
-        observer=FakeObserver(world),
-        ledger=Ledger(num_trained, num_filtered, goodput=goodput),
-        max_staleness=max_staleness,
-        first_step=version + 1,
-        last_step=steps,
-    )
-
-
-def complete(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run a scenario; it must end in time and leave no task behind."""
-
-    async def bounded() -> Any:
-        try:
-            async with asyncio.timeout(5):
-                return await work
-        finally:
-            assert asyncio.all_tasks() == {asyncio.current_task()}, "tasks were left behind"
-
-    return asyncio.run(bounded())
+from align.data.types import Ticket
+from cluster.faults import ActorLost, RestartBudgetSpent
+from cluster.loop.fate import Fate
+from cluster.loop.loop import Run, first_error, run_loop
+from tests.fakes.loop import (
+    FakeActor,
+    World,
+    complete,
+    flat,
+    largest_staleness,
+    make_run,
+    run_and_act,
+    saved,
+    trained,
+)
 
 
 async def settle() -> None:
     """Every task runs until it waits for something that only the test can do."""
     for _ in range(100):
         await asyncio.sleep(0)
-
-
-def trained(world: World) -> list[list[int]]:
-    return [tickets for _, _, tickets, _ in world.events("update")]
-
-
-def flat(lists: list[list[Any]]) -> list[Any]:
-    return [item for items in lists for item in items]
-
-
-def largest_staleness(world: World) -> int:
-    return max(staleness for *_, staleness in world.events("update"))
 
 
 def assert_adds_up(run: Run) -> None:
@@ -299,10 +78,10 @@ def test_no_slot_is_free_before_the_version_is_published(max_staleness: int) -> 
         assert len(world.events("update")) == 1
         assert len(world.events("rollout")) == slots, "all slots are used, and no more"
         assert run.buffer.num_free == 0, "the taken groups keep their slots while their version is on its way"
-        assert run.ledger.num_trained == 0
+        assert run.ledger.num[Fate.TRAINED] == 0
         gate.set()
         assert await loop == 1
-        assert run.ledger.num_trained == 2
+        assert run.ledger.num[Fate.TRAINED] == 2
 
     complete(scenario())
 
@@ -318,19 +97,6 @@ def test_rollouts_of_the_next_step_start_once_the_version_is_published(max_stale
         num_published += kind == "published"
         assert num_started <= slots + 2 * num_published
     assert num_started >= 5 * 2
-
-
-def test_what_a_step_logs() -> None:
-    run = make_run(World(), steps=2, groups_per_step=2)
-    complete(run_loop(run))
-    first, second = run.observer.metrics  # type: ignore[attr-defined]
-    assert first["tokens/generated"] == 10 + 11
-    assert first["tokens/trained"] == 10 + 11
-    assert first["trajectory/completion_tokens_mean"] == (10 + 11) / (2 * GROUP_SIZE)
-    assert first["trajectory/stopped_fraction"] == 2 / (2 * GROUP_SIZE)
-    assert (first["staleness/mean"], first["staleness/max"]) == (0, 0)
-    assert (first["weights/version"], second["weights/version"]) == (1, 2)
-    assert (first["ledger/trained"], second["ledger/trained"], second["ledger/returned"]) == (2, 4, 0)
 
 
 def test_a_step_takes_from_the_last_publish_to_this_one_whatever_lay_in_between() -> None:
@@ -355,14 +121,7 @@ def test_a_step_takes_from_the_last_publish_to_this_one_whatever_lay_in_between(
         assert row["throughput/generated_tokens_per_s"] == pytest.approx(expected, rel=1e-6)
 
 
-# --- staleness ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_staleness", [0, 1, 3])
-def test_fast_actors_reach_the_staleness_limit_and_no_more(max_staleness: int) -> None:
-    world = World(pace={"rollout": 0, "score": 0, "update": 30, "publish": 30})
-    complete(run_loop(make_run(world, steps=8, max_staleness=max_staleness, max_groups=100)))
-    assert largest_staleness(world) == max_staleness
+# --- any order ---------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=80, deadline=None, phases=[Phase.generate])  # shrinking runs that hang would take minutes
@@ -404,24 +163,6 @@ def test_no_interleaving_and_no_loss_exceeds_the_limit_or_trains_a_prompt_twice(
     if max_staleness == 0:
         in_order = [list(range(k * groups_per_step, (k + 1) * groups_per_step)) for k in range(6)]
         assert trained(world) == in_order, "on-policy batches are the same whatever the order of completion"
-
-
-@pytest.mark.parametrize("max_staleness", [1, 3])
-def test_the_bound_is_tight_one_more_slot_would_break_it(max_staleness: int) -> None:
-    world = World(pace={"rollout": 0, "score": 0, "update": 30, "publish": 30})
-    run = make_run(world, steps=8, groups_per_step=2, max_staleness=max_staleness, max_groups=100)
-    run.buffer.num_slots += 1
-    with pytest.raises(StalenessViolation):
-        complete(run_loop(run))
-
-
-@pytest.mark.parametrize(("reported", "staleness"), [(-1, 2), (2, -1)])
-def test_a_group_outside_the_limit_ends_the_run_before_it_is_trained(reported: int, staleness: int) -> None:
-    world = World(reported={2: reported})
-    run = make_run(world, max_staleness=1)
-    with pytest.raises(StalenessViolation, match=rf"met learner version 1: staleness {staleness}, the limit is 1"):
-        complete(run_loop(run))
-    assert trained(world) == [[0, 1]]
 
 
 # --- on-policy batches -------------------------------------------------------------------------------------------
@@ -472,7 +213,7 @@ def test_after_a_loss_the_actor_is_replaced_and_every_prompt_is_trained_once(
     assert len(world.events("replace")) == 1
     numbers = sorted(flat(trained(world)))
     assert numbers == list(range(10))
-    assert run.ledger.num_returned >= 1
+    assert run.ledger.num[Fate.RETURNED] >= 1
     assert_adds_up(run)
 
 
@@ -500,7 +241,7 @@ def test_a_loss_cancels_the_slots_of_the_lost_actor_and_leaves_those_of_others()
         loop = asyncio.ensure_future(run_loop(run))
         await settle()
         assert run.buffer.num_free == 2, "of four slots two are free again"
-        assert len(run.ledger.in_flight) == len(run.prompts.returned) == run.ledger.num_returned == 2
+        assert len(run.ledger.in_flight) == len(run.prompts.returned) == run.ledger.num[Fate.RETURNED] == 2
         del world.hooks["rollout"]
         gate.set()
         assert await loop == 1
@@ -589,23 +330,6 @@ def test_the_first_error_is_the_cause_inside_nested_groups() -> None:
 # --- stop, cancel, resume ----------------------------------------------------------------------------------------
 
 
-def run_and_act(world: World, run: Run, turns: int, act: Callable[[asyncio.Task[int]], None]) -> int | None:
-    """Run, and act after some turns of the event loop; the last step, or None if the run was cancelled."""
-
-    async def scenario() -> int | None:
-        loop = asyncio.ensure_future(run_loop(run))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        act(loop)
-        try:
-            return await loop
-        except asyncio.CancelledError:
-            return None
-
-    result: int | None = complete(scenario())
-    return result
-
-
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 def test_a_run_that_is_stopped_anywhere_and_resumed_trains_every_prompt_once(max_staleness: int) -> None:
     steps, groups = 4, 2
@@ -628,10 +352,7 @@ def test_a_run_that_is_stopped_anywhere_and_resumed_trains_every_prompt_once(max
             max_staleness=max_staleness,
             num_actors=2,
             max_groups=2,
-            version=last,
-            cursor=run.prompts.cursor,
-            leased=leased,
-            num_trained=run.ledger.num_trained,
+            **saved(run, last),
         )
         assert complete(run_loop(resumed)) == steps
         assert [event[1] for event in world_2.events("update")] == list(range(last + 1, steps + 1))
@@ -640,7 +361,7 @@ def test_a_run_that_is_stopped_anywhere_and_resumed_trains_every_prompt_once(max
             assert starts[: len(leased)] == leased, "leased tickets go out first"
         numbers = flat(trained(world) + trained(world_2))
         assert len(numbers) == len(set(numbers)) == steps * groups
-        assert resumed.ledger.num_trained == steps * groups
+        assert resumed.ledger.num[Fate.TRAINED] == steps * groups
         fates = [*numbers, *resumed.prompts.returned, *resumed.ledger.in_flight]
         assert sorted(fates) == list(range(resumed.prompts.cursor)), "no ticket is lost between the two runs"
         if max_staleness == 0:
@@ -668,7 +389,7 @@ def test_a_run_that_is_cancelled_anywhere_leaves_no_task_and_loses_no_prompt() -
 def assert_adds_up_after_cancel(run: Run, world: World) -> None:
     """As `assert_adds_up`; the batch of an update that was cut short is still in flight."""
     run.ledger.metrics()
-    done = run.ledger.num_trained // run.buffer.groups_per_step
+    done = run.ledger.num[Fate.TRAINED] // run.buffer.groups_per_step
     fates = [*flat(trained(world)[:done]), *run.prompts.returned, *run.ledger.in_flight]
     assert sorted(fates) == list(range(run.prompts.cursor))
 

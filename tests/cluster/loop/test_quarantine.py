@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from align.metrics import reduce
 from align.rewards.reference import ReferenceRewardConfig
 from cluster.actors.learner import LearnerActor
 from cluster.faults import ActorLost, RewardError
+from cluster.loop.fate import Entry, Fate, settled_before
 from cluster.loop.loop import run_loop
 from cluster.loop.quarantine import Failure, Quarantine, QuarantineConfig
-from tests.cluster.loop.test_loop import FakeActor, World, complete, flat, make_run, run_and_act, trained
+from tests.fakes.loop import FakeActor, World, complete, flat, make_run, run_and_act, saved, trained
 from tests.fakes.trajectories import make_scored, make_trajectory
 
 
@@ -38,6 +40,15 @@ def failures(number: int, num: int) -> tuple[Failure, ...]:
 
 def quarantine(folder: Path, **cfg: Any) -> Quarantine:
     return Quarantine(QuarantineConfig(**cfg), folder / "quarantine.jsonl")
+
+
+def judge_all(judge: Quarantine, numbers: Mapping[int, int], earlier: Sequence[Entry] = ()) -> list[Entry]:
+    """Judge groups of four with so many failures by ticket, one after the other; the ledger's entries then."""
+    entries = list(earlier)
+    for number, num in numbers.items():
+        entries.append(Entry(number, f"p{number}", num_judged=4, num_failed=num))
+        judge.drops(ticket(number), failures(number, num), entries)
+    return entries
 
 
 # --- what is dropped, kept and counted ----------------------------------------------------------------------------
@@ -60,15 +71,14 @@ def test_a_group_is_dropped_if_fewer_than_two_are_left_to_compare(
     group_size: int, num_failed: int, dropped: bool, tmp_path: Path
 ) -> None:
     judge = quarantine(tmp_path, max_fraction=0.99)
-    assert judge.drops(ticket(0, group_size), failures(0, num_failed)) is dropped
+    assert judge.drops(ticket(0, group_size), failures(0, num_failed), []) is dropped
 
 
 def test_every_failure_is_written_with_its_traceback_and_none_without_one(tmp_path: Path) -> None:
     judge = quarantine(tmp_path, max_fraction=0.99)
-    judge.drops(ticket(0), ())
+    judge.drops(ticket(0), (), [])
     assert not (tmp_path / "quarantine.jsonl").exists()
-    judge.drops(ticket(3), failures(3, 2))
-    judge.drops(ticket(4), failures(4, 1))
+    judge_all(judge, {3: 2, 4: 1})
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["ticket"], row["seed"]) for row in rows] == [(3, 0), (3, 1), (4, 0)]
     expected = {"prompt_id": "p4", "prompt": "2 + 3 =", "completion": "five", "traceback": "in judge: by zero"}
@@ -76,12 +86,11 @@ def test_every_failure_is_written_with_its_traceback_and_none_without_one(tmp_pa
 
 
 def test_the_fraction_of_a_step_is_that_of_the_groups_decided_in_it(tmp_path: Path) -> None:
-    judge = quarantine(tmp_path)
-    for number, num in enumerate((1, 0, 4, 2)):
-        judge.drops(ticket(number), failures(number, num))
-    assert reduce(judge.end_step(in_flight={3})) == {"reward/quarantined_fraction": 5 / 12}
-    assert reduce(judge.end_step(in_flight={3})) == {"reward/quarantined_fraction": 0}
-    assert reduce(judge.end_step(in_flight=())) == {"reward/quarantined_fraction": 2 / 4}
+    judge = quarantine(tmp_path, max_fraction=0.99)
+    entries = judge_all(judge, {0: 1, 1: 0, 2: 4, 3: 2})
+    assert reduce(judge.end_step(entries[:3])) == {"reward/quarantined_fraction": 5 / 12}
+    assert reduce(judge.end_step([])) == {"reward/quarantined_fraction": 0}
+    assert reduce(judge.end_step(entries[3:])) == {"reward/quarantined_fraction": 2 / 4}
 
 
 # --- the limit ----------------------------------------------------------------------------------------------------
@@ -89,51 +98,59 @@ def test_the_fraction_of_a_step_is_that_of_the_groups_decided_in_it(tmp_path: Pa
 
 def test_one_failure_more_than_the_share_of_the_window_ends_the_run_with_the_newest_traceback(tmp_path: Path) -> None:
     judge = quarantine(tmp_path, max_fraction=0.1, window=20)
-    for number in range(2):
-        judge.drops(ticket(number), failures(number, 1))
+    entries = judge_all(judge, {0: 1, 1: 1})
     with pytest.raises(
         RewardError, match=r"failed for 3 of the last 12 .*0\.1 of 20.*'p2'.*'five':\nin judge: by zero"
     ):
-        judge.drops(ticket(2), failures(2, 1))
+        judge_all(judge, {2: 1}, entries)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 3, "the last one is on record too"
 
 
-def test_failures_that_the_window_has_passed_are_forgiven(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 10])
+def test_failures_that_the_window_has_passed_are_forgiven(steps: int, tmp_path: Path) -> None:
     judge = quarantine(tmp_path, max_fraction=0.1, window=20)
-    for number in range(50):
-        judge.drops(ticket(number), failures(number, number % 3 == 0))  # 1 of 12, at most 2 of 20
+    for step in range(steps):
+        groups = range(step * 50 // steps, (step + 1) * 50 // steps)
+        judge.end_step(judge_all(judge, {number: number % 3 == 0 for number in groups}))  # 1 of 12, at most 2 of 20
 
 
 def test_with_a_limit_of_0_the_first_failure_ends_the_run(tmp_path: Path) -> None:
     judge = quarantine(tmp_path, max_fraction=0)
-    assert not judge.drops(ticket(0), ())
+    entries = judge_all(judge, {0: 0})
     with pytest.raises(RewardError):
-        judge.drops(ticket(1), failures(1, 1))
+        judge_all(judge, {1: 1}, entries)
 
 
 def test_a_resumed_run_remembers_the_window_and_judges_anew_what_was_in_flight(tmp_path: Path) -> None:
     first = quarantine(tmp_path, max_fraction=0.15, window=20)
-    for number, num in enumerate((1, 0, 1, 1)):
-        first.drops(ticket(number), failures(number, num))
-    first.end_step(in_flight={2, 3})
-    state = json.loads(json.dumps(first.state(in_flight={3})))
+    entries = judge_all(first, {0: 1, 1: 0, 2: 1, 3: 1})
+    first.end_step(entries[:2])
+    state = json.loads(json.dumps(first.state(entries[2:3])))
     assert state == {"recent": "10000000", "decided": [[2, 4, 1]]}
     again = Quarantine(first.cfg, tmp_path / "quarantine.jsonl", state)
-    again.drops(ticket(3), failures(3, 1))
+    before = settled_before(state, {})
+    assert before == [Entry(2, "", num_judged=4, num_failed=1, fate=Fate.QUARANTINED)]
+    entries = judge_all(again, {3: 1}, before)
     with pytest.raises(RewardError, match="4 of the last 20"):
-        again.drops(ticket(4), failures(4, 1))
+        judge_all(again, {4: 1}, entries)
 
 
 def test_what_is_on_record_does_not_depend_on_which_group_was_ready_first(tmp_path: Path) -> None:
     numbers = {0: 2, 1: 0, 2: 1, 3: 4}
     states = []
     for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
-        judge = quarantine(tmp_path)
-        for number in order:
-            judge.drops(ticket(number), failures(number, numbers[number]))
-        judge.end_step(in_flight=())
-        states.append(judge.state(in_flight=()))
+        judge = quarantine(tmp_path, max_fraction=0.99)
+        judge.end_step(judge_all(judge, {number: numbers[number] for number in order}))
+        states.append(judge.state([]))
     assert states[0] == states[1] == {"recent": "1100000010001111", "decided": []}
+
+
+def test_the_window_is_in_the_order_of_tickets_while_they_are_decided_too(tmp_path: Path) -> None:
+    judge = quarantine(tmp_path, max_fraction=0.2, window=10)
+    entries = judge_all(judge, {5: 0, 4: 0, 0: 2, 1: 0})
+    judge_all(judge, {2: 3}, entries)  # the last 10 are tickets 5, 4 and half of 2, which is 1 failure
+    with pytest.raises(RewardError, match="3 of the last 10"):
+        judge_all(judge, {6: 3}, entries)
 
 
 # --- the mathematics: the oracle is the group that never had the trajectory ---------------------------------------
@@ -234,13 +251,16 @@ def test_a_group_whose_reward_failed_nowhere_is_itself() -> None:
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
+LENIENT = QuarantineConfig(max_fraction=0.99)
+
+
 def failing(group_size: int, *numbers: int) -> Any:
     return lambda one: failures(one.number, group_size) if one.number in numbers else ()
 
 
 def test_a_dropped_group_is_replaced_by_the_next_prompt_and_counted(tmp_path: Path) -> None:
     world = World(failures=failing(2, 0, 3))
-    run = make_run(world, steps=3, quarantine=quarantine(tmp_path, max_fraction=0.99))
+    run = make_run(world, steps=3, quarantining=LENIENT)
     assert complete(run_loop(run)) == 3
     assert trained(world) == [[1, 2], [4, 5], [6, 7]]
     last = run.observer.metrics[-1]  # type: ignore[attr-defined]
@@ -250,7 +270,7 @@ def test_a_dropped_group_is_replaced_by_the_next_prompt_and_counted(tmp_path: Pa
 
 def test_a_group_with_enough_trajectories_left_is_trained_and_judged_by_their_outcomes(tmp_path: Path) -> None:
     world = World(outcomes=lambda _: (0.0, 1.0, 1.0), failures=lambda one: failures(one.number, one.number == 1))
-    run = make_run(world, steps=1, group_size=3, quarantine=quarantine(tmp_path, max_fraction=0.99))
+    run = make_run(world, steps=1, group_size=3, quarantining=LENIENT)
     complete(run_loop(run))
     assert trained(world) == [[0, 1]]
     assert run.ledger.goodput.counts["quarantined"] == 3
@@ -258,7 +278,7 @@ def test_a_group_with_enough_trajectories_left_is_trained_and_judged_by_their_ou
 
 def test_a_reward_that_always_fails_ends_the_run(tmp_path: Path) -> None:
     world = World(failures=lambda one: failures(one.number, 2))
-    run = make_run(world, steps=9, quarantine=quarantine(tmp_path))
+    run = make_run(world, steps=9, quarantining=QuarantineConfig())
     with pytest.raises(RewardError, match=r"12 of the last 12 .*max_fraction 0\.05 of 200"):
         complete(run_loop(run))
     assert not trained(world)
@@ -270,25 +290,20 @@ def test_a_run_with_failures_that_is_stopped_anywhere_and_resumed_trains_every_p
 ) -> None:
     bad = failing(2, 1, 4, 5, 9)
     straight = World(failures=bad)
-    complete(run_loop(make_run(straight, steps=4, quarantine=quarantine(tmp_path, max_fraction=0.99))))
+    complete(run_loop(make_run(straight, steps=4, quarantining=LENIENT)))
     ends = set()
     for turns in range(0, 160, 3):
         world, again = (World(dice=random.Random(turns + seed), failures=bad) for seed in (0, 1))
         if turns % 2:
             world.hooks["rollout"] = lose_first
         more: dict[str, Any] = {"steps": 4, "max_staleness": max_staleness, "num_actors": 2}
-        run = make_run(world, quarantine=quarantine(tmp_path, max_fraction=0.99), **more)
+        run = make_run(world, quarantining=LENIENT, **more)
         last = run_and_act(world, run, turns, lambda _, run=run: run.stop.set())  # type: ignore[misc]
         ends.add(last)
         resumed = make_run(
             again,
-            version=last or 0,
-            cursor=run.prompts.cursor,
-            leased=sorted({*run.prompts.returned, *run.ledger.in_flight}),
-            num_trained=run.ledger.num_trained,
-            quarantine=Quarantine(
-                run.quarantine.cfg, tmp_path / "again.jsonl", run.quarantine.state(run.ledger.in_flight)
-            ),
+            quarantining=LENIENT,
+            **saved(run, last or 0),
             **more,
         )
         assert complete(run_loop(resumed)) == 4

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.actors.learner import Answer
+from cluster.loop.answer import Answer
 from cluster.record.figures import Samples, read_rows, seconds_so_far, summarize_run
 
 ROWS: list[dict[str, Any]] = [

@@ -10,8 +10,9 @@ import pytest
 
 from align.metrics import Metric, reduce
 from cluster.loop.loop import run_loop
-from cluster.record.trace import Span, Trace
-from tests.cluster.loop.test_loop import FakeObserver, World, complete, make_run
+from cluster.loop.span import Span
+from cluster.record.trace import Trace
+from tests.fakes.loop import FakeObserver, World, complete, make_run
 from tests.harness.trace_events import assert_phases_tile_the_steps, read_events, tracks
 
 NOW = 1.7e9  # seconds since the epoch, in these times

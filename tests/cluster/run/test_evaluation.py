@@ -10,10 +10,10 @@ import pytest
 from align.data.prompts import PromptStream
 from align.data.types import Prompt, Ticket
 from align.metrics import reduce
-from cluster.actors.learner import Answer
 from cluster.faults import ActorLost, RestartBudgetSpent
 from cluster.fleet.placement import Workers
-from cluster.loop.loop import Rollout
+from cluster.loop.answer import Answer
+from cluster.loop.rollout import Rollout
 from cluster.run.evaluation import Evaluator, fixed_tickets, metrics_of
 
 PROMPTS = [Prompt(f"p{number}", f"prompt {number}", (1,)) for number in range(6)]

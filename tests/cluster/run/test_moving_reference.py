@@ -24,11 +24,12 @@ from cluster.actors.learner import LearnerActor
 from cluster.actors.scorer import ScorerActor, ScorerConfig, Verdict
 from cluster.faults import RestartBudgetSpent, WrongWeights
 from cluster.loop.loop import run_loop
-from cluster.run.moving_reference import MovingReference, SavedReference
+from cluster.loop.saved_reference import SavedReference
+from cluster.run.moving_reference import MovingReference
 from tests.cluster.fleet.test_handles import DEAD, ROLLOUT, FakeActor, Scorers, failed_task, fails, gives, pool
 from tests.cluster.fleet.test_handles import complete as complete_handles
-from tests.cluster.loop.test_loop import World, complete, make_run, trained
 from tests.conftest import random_qwen3
+from tests.fakes.loop import World, complete, make_run, trained
 
 
 @pytest.fixture(autouse=True)
