@@ -27,7 +27,7 @@ from cluster.faults import ConfigError
 from cluster.loop.filtering import FilterConfig
 from cluster.loop.quarantine import QuarantineConfig
 from cluster.record.alerts import AlertConfig
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 from cluster.spec.explanation import explain
 from cluster.spec.processor import native_dtype
 from cluster.spec.sections import (

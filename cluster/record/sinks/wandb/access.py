@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from cluster.faults import TrackingError, WrongEntity
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 
 _ASK_S = 15
 
@@ -82,11 +82,3 @@ def _reachable(url: str, timeout_s: float = 3.0) -> bool:
             return True
     except OSError:
         return False
-
-
-def site_url() -> str:
-    """Where people look at what is uploaded to the configured server."""
-    import wandb
-    from wandb.util import app_url
-
-    return str(app_url(wandb.setup().settings.base_url))

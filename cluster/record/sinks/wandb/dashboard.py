@@ -10,7 +10,7 @@ from align.metrics import GLOSSARY
 from cluster.faults import ConfigError, DashboardError
 from cluster.record.sinks.wandb.access import check_online, entity_of
 from cluster.record.sinks.wandb.axes import AXES, axis_of, sections
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 
 NAME = "align"
 _FIRST = ("eval", "reward", "kl", "policy", "optimizer")  # sections that are open; the others unfold on a click

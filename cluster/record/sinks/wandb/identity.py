@@ -6,10 +6,8 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 
 _IDENTITY = "wandb_id"
 
@@ -51,8 +49,6 @@ def whereabouts(
         return "not recorded (wandb.mode is 'disabled')"
     if not online:
         return f"recorded in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/offline-run-*"
-    from cluster.record.sinks.wandb.access import site_url
-
     site = site_url()
     entity = cfg.entity or os.environ.get("WANDB_ENTITY") or entity
     run_id = run_id or known_run_id(run_dir)
@@ -61,3 +57,11 @@ def whereabouts(
     if run_id is None:
         return f"{site}/{entity}/{cfg.project}, run {run_dir.name}"
     return f"{site}/{entity}/{cfg.project}/runs/{run_id}"
+
+
+def site_url() -> str:
+    """Where people look at what is uploaded to the configured server."""
+    import wandb
+    from wandb.util import app_url
+
+    return str(app_url(wandb.setup().settings.base_url))

@@ -22,7 +22,7 @@ from cluster.record.sinks.console import Console
 from cluster.record.sinks.jsonl import JsonLines
 from cluster.record.sinks.sink import Sinks
 from cluster.record.sinks.wandb.axes import AXES, axis_of
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 from tests.harness.wandb_files import API_KEY, run_python, wandb_records, wandb_rows
 
 STEP = {
@@ -286,7 +286,8 @@ def test_a_sink_that_cannot_start_is_named_and_the_others_go_on() -> None:
 WRITE_A_RUN = f"""
 import json, sys
 from pathlib import Path
-from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.settings import WandbConfig
+from cluster.record.sinks.wandb.sink import WandbSink
 cfg = WandbConfig(mode="offline", project="tests", entity="team", tags=("a", "b"), group="seeds", notes="why")
 sink = WandbSink(cfg, Path("run").absolute(), "my-run", {{"run": {{"seed": 3, "name": "demo"}}, "lr": 0.5}}, online=False)
 sink.log(0, 0.5, {{"eval/heldout/kl_per_token": 1.5}})
@@ -358,7 +359,8 @@ def test_an_offline_run_is_not_called_uploaded(offline_run: dict[str, Any]) -> N
 STOP_THE_WRITER = """
 import os, signal, time
 from pathlib import Path
-from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.settings import WandbConfig
+from cluster.record.sinks.wandb.sink import WandbSink
 Path("run").mkdir()
 sink = WandbSink(WandbConfig(mode="offline"), Path("run").absolute(), "my-run", {}, online=False)
 for step in range(3):
@@ -385,7 +387,8 @@ def test_a_record_goes_on_when_a_signal_to_all_processes_of_a_job_ended_its_writ
 
 START_A_RUN = """
 from pathlib import Path
-from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.settings import WandbConfig
+from cluster.record.sinks.wandb.sink import WandbSink
 for folder in ("run", "other-run"):
     Path(folder).mkdir(exist_ok=True)
     WandbSink(WandbConfig(mode="offline"), Path(folder).absolute(), "my-run", {}, online=False).close()
@@ -413,7 +416,7 @@ def test_all_processes_of_a_run_are_one_run_of_the_server(tmp_path: Path) -> Non
 CHECK_ONLINE = """
 import json, time
 from cluster.faults import TrackingError
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 from cluster.record.sinks.wandb.access import check_online
 for mode in {modes!r}:
     warnings, started = [], time.monotonic()

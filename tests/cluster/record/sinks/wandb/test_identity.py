@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from cluster.record.sinks.wandb.identity import claim_run_id, known_run_id, whereabouts
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_ENTITY", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("cluster.record.sinks.wandb.access.site_url", lambda: "https://wandb.example.org")
+    monkeypatch.setattr("cluster.record.sinks.wandb.identity.site_url", lambda: "https://wandb.example.org")
 
 
 def write_checkpoint(run_dir: Path, step: int, identity: str) -> None:
@@ -85,7 +85,7 @@ def test_the_link_is_made_without_loading_wandb() -> None:
 
 
 def test_the_site_is_that_of_the_server_that_the_environment_names() -> None:
-    code = "from cluster.record.sinks.wandb.access import site_url; print(site_url())"
+    code = "from cluster.record.sinks.wandb.identity import site_url; print(site_url())"
     environment = os.environ | {"WANDB_BASE_URL": "https://api.example.org", "WANDB_ERROR_REPORTING": "false"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60

@@ -85,7 +85,8 @@ from cluster.record.alerts import Alert, AlertConfig, Alerts
 from cluster.record.sinks.sink import Sinks
 from cluster.record.sinks.wandb.tables import TrajectoryTables
 from cluster.record.sinks.wandb.artifacts import WandbArtifacts
-from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.settings import WandbConfig
+from cluster.record.sinks.wandb.sink import WandbSink
 run = Path("run").absolute()
 (run / "policy").mkdir()
 (run / "policy" / "model.safetensors").write_text("weights")
@@ -201,7 +202,8 @@ def test_no_file_holds_a_secret_of_the_environment(recorded: dict[str, Any]) -> 
 
 RESUME = """
 from pathlib import Path
-from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.settings import WandbConfig
+from cluster.record.sinks.wandb.sink import WandbSink
 earlier = [{"step": 0}, *({"step": k, "tokens/trained": 10} for k in (1, 2, 3, 4))]
 sink = WandbSink(WandbConfig(mode="offline"), Path("run").absolute(), "r", {}, False, earlier=earlier, earlier_s=100.0)
 for step in (3, 4, 5):  # the checkpoint was after step 2: steps 3 and 4 come again
@@ -229,7 +231,8 @@ UPLOAD = """
 import json, time
 from pathlib import Path
 from cluster.record.alerts import Alert
-from cluster.record.sinks.wandb.sink import WandbConfig, WandbSink
+from cluster.record.sinks.wandb.settings import WandbConfig
+from cluster.record.sinks.wandb.sink import WandbSink
 from cluster.record.sinks.wandb.access import check_online, entity_of
 run, warnings = Path("run").absolute(), []
 run.mkdir()
@@ -285,7 +288,7 @@ def test_an_upload_that_the_server_refuses_is_a_warning_with_its_reason_and_the_
 
 CHECK_ENTITY = """
 from cluster.faults import RunError
-from cluster.record.sinks.wandb.sink import WandbConfig
+from cluster.record.sinks.wandb.settings import WandbConfig
 from cluster.record.sinks.wandb.access import check_online
 for entity in ("me", "team", "teem"):
     try:
@@ -307,7 +310,7 @@ def test_an_entity_that_the_key_does_not_belong_to_is_refused_with_those_that_it
 
 
 def test_a_project_that_wandb_could_not_name_is_refused_by_the_run_file() -> None:
-    from cluster.record.sinks.wandb.sink import WandbConfig
+    from cluster.record.sinks.wandb.settings import WandbConfig
 
     for name in ("a/b", "what?", "x" * 129, ""):
         with pytest.raises(ValueError, match="project"):
