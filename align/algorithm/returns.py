@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from align.algorithm.spread import ROUNDING
+
 
 def reward_to_go(rewards: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:
     """Monte Carlo return of every action: `G_t = R_t + discount * G_{t+1}`, with t+1 the next action of the row.
@@ -95,7 +97,7 @@ def explained_variance(values: Tensor, targets: Tensor, mask: Tensor) -> float:
     Source: the coefficient of determination without its bias term, as PPO implementations log it.
     """
     target, error = targets[mask].double(), (targets - values)[mask].double()
-    if target.numel() == 0 or float(target.std(correction=0)) <= 1e-6 * float(target.abs().max()):
+    if target.numel() == 0 or float(target.std(correction=0)) <= ROUNDING * float(target.abs().max()):
         return 0.0
     return 1.0 - float(error.var(correction=0) / target.var(correction=0))
 
@@ -225,7 +227,7 @@ def divide_by_group_std(
     squares, _ = _group_sums((values - total / count.clamp(min=1)).square(), mask, group_index)
     std = (squares / (count - 1).clamp(min=1)).sqrt()
     _, largest = _group_extremes(values.abs(), mask, group_index)
-    no_signal = (count < 2) | (std <= 1e-6 * largest)
+    no_signal = (count < 2) | (std <= ROUNDING * largest)
     scaled = advantages.double() / torch.where(no_signal, 1.0, std + epsilon)[:, None]
     return scaled.to(advantages.dtype).masked_fill(~mask | no_signal[:, None], 0.0)
 
@@ -245,7 +247,7 @@ def divide_by_batch_std(advantages: Tensor, mask: Tensor) -> Tensor:
     """
     is_first = mask & (mask.long().cumsum(dim=1) == 1)
     values = advantages[is_first].double()
-    if values.numel() < 2 or values.std() <= 1e-6 * values.abs().max():
+    if values.numel() < 2 or values.std() <= ROUNDING * values.abs().max():
         return torch.zeros_like(advantages)
     return (advantages.double() / values.std()).to(advantages.dtype).masked_fill(~mask, 0.0)
 
@@ -283,7 +285,7 @@ def group_relative_steps(
     if divide:
         squares, _ = _group_sums(centred.square(), every, groups)
         std = (squares / (count - 1).clamp(min=1)).sqrt()
-        no_signal = (count < 2) | (std <= 1e-6 * torch.maximum(least.abs(), largest.abs()))
+        no_signal = (count < 2) | (std <= ROUNDING * torch.maximum(least.abs(), largest.abs()))
         centred = (centred / torch.where(no_signal, 1.0, std + epsilon)).masked_fill(no_signal, 0.0)
     relative[step_ends] = centred.to(rewards.dtype)
     return relative
@@ -330,7 +332,7 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     if values.numel() < 2:
         return torch.zeros_like(advantages)
     std = values.std()
-    if std <= 1e-6 * values.abs().max():
+    if std <= ROUNDING * values.abs().max():
         return torch.zeros_like(advantages)
     whitened = (advantages.double() - values.mean()) / std
     return whitened.to(advantages.dtype).masked_fill(~mask, 0.0)

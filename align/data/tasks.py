@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from align.extras import extra
 
 
 class Generated(BaseModel):
@@ -78,9 +79,4 @@ def reasoning_gym() -> Any:
     Raises:
         ValueError: If it is not installed.
     """
-    try:
-        return importlib.import_module("reasoning_gym")
-    except ImportError as error:
-        raise ValueError(
-            f"the package reasoning-gym cannot be imported ({error}); pip install 'align[tasks]'"
-        ) from None
+    return extra("reasoning_gym", "the package reasoning-gym cannot be imported ({error}); pip install 'align[tasks]'")

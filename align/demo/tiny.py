@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from align.demo import language as world
-from align.model.sources import file_sha256
+from align.digests import file_sha256
 
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,15 +15,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from align.algorithm import losses
 from align.algorithm.config import AlgorithmConfig
-from align.algorithm.objective import Objective, mean, off_policy_metrics
+from align.algorithm.objective import Objective, off_policy_metrics
 from align.data.batching import Batch
 from align.data.sampling import PLAIN, Sampling
 from align.data.token_budget import TokenBudget
-from align.data.token_logprobs import TokenLogprobs
 from align.learner.critic import Critic, critic_metrics
 from align.learner.epochs import minibatches, old_logprobs
+from align.learner.gradient import Gradient, distances
 from align.learner.optimizer import Optimizer, OptimizerConfig
 from align.learner.shares import passes
 from align.metrics import Metric
@@ -160,7 +158,7 @@ class Learner:
         if self.critic is not None:
             batch = replace(batch, old_values=self.critic.values(batch))
         advantages, metrics = self.objective.advantages(batch)
-        whole = batch
+        unmasked = batch
         batch, mask_metrics = self._with_old(batch)
         batch, guard_metrics = self.objective.with_guard(batch, advantages)
         metrics += [*mask_metrics, *guard_metrics]
@@ -178,7 +176,7 @@ class Learner:
         if len(finite) > 1:
             metrics.append(Metric("optimizer/inner_steps", sum(finite)))
         if all(finite):
-            metrics += self.objective.adapt_kl(whole)
+            metrics += self.objective.adapt_kl(unmasked)
         lr = self._finish(all(finite))
         metrics += [
             Metric("optimizer/lr", lr),
@@ -226,101 +224,30 @@ class Learner:
             The metrics, and the policy's log-probabilities of the whole batch [B, T].
         """
         self.optimizer.zero_grad()
+        budget, own_version = self.budget, self.version if self.policy_is_version else None
+        gradient = Gradient(self.policy, self.objective, self.sampling, self.version, packs=budget.packs)
         weights = self.objective.weights(batch)
         policy_logprobs = torch.zeros_like(batch.behavior_logprobs)
         metrics: list[Metric] = []
         computed = torch.zeros((), dtype=torch.int64)
-        for one in passes(self.policy.ranks, batch.lengths.tolist(), self.budget.cut):
+        for one in passes(self.policy.ranks, batch.lengths.tolist(), budget.cut):
             part = batch.rows(one.rows) if one.counts else batch.rows(one.rows).without_loss()
             longest = part.token_ids.shape[1]
-            logprobs, of_part = self._backward(part, advantages[one.rows, :longest], weights[one.rows])
-            computed += int(part.lengths.sum()) if self.budget.packs else part.token_ids.numel()
+            output, of_part = gradient.add(part, advantages[one.rows, :longest], weights[one.rows])
+            computed += int(part.lengths.sum()) if budget.packs else part.token_ids.numel()
             if one.counts:
-                policy_logprobs[one.rows, :longest] = logprobs
-                metrics += of_part
-        gathered = list(self.policy.ranks.gather(metrics))
+                policy_logprobs[one.rows, :longest] = output.logprobs
+                metrics += [*of_part, *distances(part, output, own_version)]
+        gathered = list(self.policy.ranks.gather_metrics(metrics))
         padding = 1 - int(batch.lengths.sum()) / int(self.policy.ranks.sum(computed))
         policy_logprobs = self.policy.ranks.sum(policy_logprobs)
-        whole = [Metric("throughput/padding_fraction", padding), *off_policy_metrics(batch, policy_logprobs)]
-        return [*gathered, *whole], policy_logprobs
+        of_batch = [Metric("throughput/padding_fraction", padding), *off_policy_metrics(batch, policy_logprobs)]
+        return [*gathered, *of_batch], policy_logprobs
 
     @property
     def budget(self) -> TokenBudget:
         """Of one forward pass."""
         return TokenBudget(self.cfg.max_tokens_per_micro_batch, self.cfg.packing and self.policy.trunk.packs)
-
-    def _backward(self, part: Batch, advantages: Tensor, weights: Tensor) -> tuple[Tensor, list[Metric]]:
-        """Add the gradient of one micro-batch; returns its log-probabilities [B, T]."""
-        mask = part.loss_mask
-        states = self.policy.states(part.token_ids, mask, part.lengths if self.budget.packs else None)
-        by_token = self.objective.is_by_token and not self.sampling.truncates
-        compute = self._loss_by_token if by_token else self._loss_by_trajectory
-        loss, output, metrics = compute(states, part, advantages, weights)
-        loss.backward()  # type: ignore[no-untyped-call]
-        logprobs = output.logprobs.detach()
-        return logprobs, [*metrics, *self._statistics(part, logprobs, output.entropy.detach())]
-
-    def _loss_by_token(
-        self, states: Tensor, part: Batch, advantages: Tensor, weights: Tensor
-    ) -> tuple[Tensor, TokenLogprobs, list[Metric]]:
-        """The loss whose gradient is formed as the log-probabilities are computed, chunk by chunk of tokens."""
-        metrics: list[Metric] = []
-        mask, tokens = part.loss_mask, part.tokens()
-        advantages, weights = advantages[mask][:, None], weights.repeat_interleave(mask.sum(dim=1))
-
-        def loss(chunk: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
-            output = TokenLogprobs(logprobs[:, None], entropy[:, None])
-            value, found = self._loss(tokens.rows(chunk), output, advantages[chunk], weights[chunk])
-            metrics.extend(found)
-            return value
-
-        targets = part.token_ids[mask]
-        total, logprobs, entropy = self.policy.head.token_loss(states, targets, loss, self.sampling)
-        return total, TokenLogprobs.at(mask, logprobs, entropy), metrics
-
-    def _loss_by_trajectory(
-        self, states: Tensor, part: Batch, advantages: Tensor, weights: Tensor
-    ) -> tuple[Tensor, TokenLogprobs, list[Metric]]:
-        """The loss that needs all log-probabilities of a trajectory, or other tokens', before its gradient is known."""
-        output = self.policy.completed(
-            states,
-            part.loss_mask,
-            part.token_ids,
-            sampling=self.sampling,
-            with_entropy=True,
-            entropy_gradient=self.objective.cfg.entropy_coefficient > 0,
-            others=part.ref_top_ids,
-        )
-        loss, metrics = self._loss(part, output, advantages, weights)
-        if output.outside is not None:
-            metrics.append(
-                Metric("support/outside_fraction", mean(output.outside, part.loss_mask), part.num_loss_tokens)
-            )
-        return loss, output, metrics
-
-    def _loss(
-        self, part: Batch, output: TokenLogprobs, advantages: Tensor, weights: Tensor
-    ) -> tuple[Tensor, list[Metric]]:
-        mask = part.loss_mask
-        token_losses, metrics = self.objective.token_losses(part, output, advantages, self.version)
-        metrics.append(Metric("optimizer/loss", mean(token_losses.detach(), mask), part.num_loss_tokens))
-        return losses.aggregate(token_losses, mask, weights), metrics
-
-    def _statistics(self, part: Batch, logprobs: Tensor, entropy: Tensor) -> Iterator[Metric]:
-        mask, behavior = part.loss_mask, part.behavior_logprobs
-        tokens = int(mask.sum())
-        yield Metric("policy/entropy", float(entropy[mask].mean()), tokens)
-        kl = losses.kl_estimate(behavior, logprobs, "k3")
-        yield Metric("kl/policy_behavior", float(kl[mask].mean()), tokens)
-        referenced = mask & part.ref_logprobs.isfinite()
-        if referenced.any():
-            kl = losses.kl_estimate(behavior, part.ref_logprobs, "k1")
-            yield Metric("kl/behavior_reference", float(kl[referenced].mean()), int(referenced.sum()))
-        own = mask & (part.versions == self.version) & self.policy_is_version
-        if own.any():
-            mismatch = (behavior - logprobs)[own].abs()
-            yield Metric("mismatch/abs_mean", float(mismatch.mean()), int(own.sum()))
-            yield Metric("mismatch/abs_max", float(mismatch.max()))
 
     def _step(self) -> None:
         """Apply Adam to the policy, unless only the critic is to learn yet, and to the critic."""

@@ -5,12 +5,13 @@ The arithmetic of a step does not know: it is given both moments of a parameter 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from align.extras import extra
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCKS = (256, 128, 64)
@@ -50,30 +51,30 @@ class Moments:
         """Names of what is kept for a parameter, beside its count of steps."""
         return MOMENTS if self._block(parameter) is None else tuple(k for m in MOMENTS for k in _keys(m))
 
-    def taken(self, kept: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    def for_step(self, stored: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
         """Step count and moments as a step needs them: in float32 on the parameter's device; zeros before the first.
 
         Args:
-            kept: From `kept`, or empty.
+            stored: From `to_store`, or empty.
             parameter: The parameter, or this rank's rows of it.
         """
-        if not kept:
+        if not stored:
             return {"step": torch.tensor(0.0), **{name: torch.zeros_like(parameter) for name in MOMENTS}}
-        there = {key: value if key == "step" else value.to(parameter.device) for key, value in kept.items()}
+        on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in stored.items()}
         if (block := self._block(parameter)) is None:
-            return there
-        first, root = (self._dequantised(there, name, block) for name in MOMENTS)
-        return {"step": there["step"], "exp_avg": first, "exp_avg_sq": root.square_()}
+            return on_device
+        first, root = (self._dequantised(on_device, name, block) for name in MOMENTS)
+        return {"step": on_device["step"], "exp_avg": first, "exp_avg_sq": root.square_()}
 
-    def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is kept of the state after a step."""
+    def to_store(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state after a step in the form in which it is kept, where it is kept."""
         moments = {name: state[name] for name in MOMENTS}
         if (block := self._block(moments["exp_avg"])) is not None:
             root = moments["exp_avg_sq"].sqrt()
             moments = self._quantised("exp_avg", moments["exp_avg"], block) | self._quantised("exp_avg_sq", root, block)
-        return {"step": state["step"], **{key: self.placed(value) for key, value in moments.items()}}
+        return {"step": state["step"], **{key: self.moved_to_store(value) for key, value in moments.items()}}
 
-    def placed(self, value: Tensor) -> Tensor:
+    def moved_to_store(self, value: Tensor) -> Tensor:
         """A tensor where it is to be kept. Pinned host memory is twice as fast to copy to and from."""
         if not self.offload or value.device.type == "cpu":
             return value
@@ -90,8 +91,8 @@ class Moments:
         scales = found.absmax.view(*value.shape[:-1], value.shape[-1] // block)
         return dict(zip(_keys(name), (codes, scales), strict=True))
 
-    def _dequantised(self, kept: Mapping[str, Tensor], name: str, block: int) -> Tensor:
-        codes, scales = (kept[key] for key in _keys(name))
+    def _dequantised(self, stored: Mapping[str, Tensor], name: str, block: int) -> Tensor:
+        codes, scales = (stored[key] for key in _keys(name))
         values = self._values[name].to(codes.device)
         found: Tensor = self._kernels.dequantize_blockwise(codes, absmax=scales.flatten(), code=values, blocksize=block)
         return found
@@ -107,10 +108,8 @@ def eight_bit_kernels() -> Any:
     Raises:
         ValueError: If it is not installed.
     """
-    try:
-        return importlib.import_module("bitsandbytes.functional")
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer.moments = '8bit' needs the package bitsandbytes, which cannot be imported ({error}); "
-            "pip install 'align[optim8bit]', or leave it at 'float32'"
-        ) from None
+    return extra(
+        "bitsandbytes.functional",
+        "optimizer.moments = '8bit' needs the package bitsandbytes, which cannot be imported ({error}); "
+        "pip install 'align[optim8bit]', or leave it at 'float32'",
+    )

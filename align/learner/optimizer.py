@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from align.choices import choices
 from align.learner.moments import Moments
-from align.model.ranks import like, named_shards, of_all, own_shard, whole
+from align.model.ranks import as_shard, full_tensor, named_shards, own_shard, placed_like
 from align.rules import Rule
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -106,7 +106,7 @@ class Optimizer:
 
     def clip(self) -> float:
         """Scale the gradient to at most `max_grad_norm`; returns its norm before."""
-        return float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)))
+        return float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)))
 
     def lr(self, step: int) -> float:
         """Learning rate of step 1..num_steps."""
@@ -130,7 +130,7 @@ class Optimizer:
                 if parameter.grad is None:
                     continue
                 own = own_shard(parameter)
-                state = self.moments.taken(self.adam.state[parameter], own)
+                state = self.moments.for_step(self.adam.state[parameter], own)
                 adamw(
                     [own],
                     [own_shard(parameter.grad)],
@@ -146,7 +146,7 @@ class Optimizer:
                     eps=group["eps"],
                     maximize=False,
                 )
-                self.adam.state[parameter] = self.moments.kept(state)
+                self.adam.state[parameter] = self.moments.to_store(state)
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
@@ -163,7 +163,7 @@ class Optimizer:
         tensors = {"owner": state}
         for name, parameter in self._named_parameters():
             for key, value in self.adam.state[parameter].items():
-                full = whole(of_all(value, parameter))
+                full = full_tensor(as_shard(value, parameter))
                 if write:
                     tensors[f"{key}.{name}"] = full.cpu()
         if write:
@@ -195,8 +195,8 @@ class Optimizer:
         """What was saved, where it is kept."""
         if key == "step":
             return value
-        placed = like(value, parameter)
-        return placed if self.moments.as_adam_has_them else self.moments.placed(own_shard(placed))
+        placed = placed_like(value, parameter)
+        return placed if self.moments.as_adam_has_them else self.moments.moved_to_store(own_shard(placed))
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in named_shards(self.model) if p.requires_grad)

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from align.choices import choices
-from align.model.ranks import like, whole
+from align.model.ranks import full_tensor, placed_like
 
 MAX_ENGINE_RANK = 512  # vLLM's
 PEFT_PREFIX = "base_model.model."  # of every name in a folder of peft
@@ -189,7 +189,7 @@ class Adapter:
             write: False on a rank that only takes part in gathering.
         """
         state = self.wrapped.state_dict()
-        state = {name: whole(t) for name, t in state.items() if name.removeprefix(PEFT_PREFIX) in self._trained}
+        state = {name: full_tensor(t) for name, t in state.items() if name.removeprefix(PEFT_PREFIX) in self._trained}
         if write:
             # "auto" for the embeddings would look for a model in a hub.
             self.wrapped.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
@@ -208,7 +208,7 @@ class Adapter:
         own = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
             raise ValueError(f"the adapter in {directory} is not of this run's kind, rank, places and model")
-        set_peft_model_state_dict(self.wrapped, {name: like(t, own[name]) for name, t in tensors.items()})
+        set_peft_model_state_dict(self.wrapped, {name: placed_like(t, own[name]) for name, t in tensors.items()})
 
 
 def adapted_layers(model: Any, cfg: AdapterConfig) -> list[str]:

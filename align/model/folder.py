@@ -19,19 +19,28 @@ def attention_of(directory: Path) -> str | None:
     return "eager" if getattr(text_config(directory), "attn_logit_softcapping", None) else None
 
 
-def text_config(directory: Path) -> Any:
-    """The config of a folder's language model, also where it is a part of a larger model."""
+def read_config(directory: Path) -> Any:
+    """The config of a folder's model."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory, **LOCAL).get_text_config()
+    return AutoConfig.from_pretrained(directory, **LOCAL)
+
+
+def text_config(directory: Path) -> Any:
+    """The config of a folder's language model, also where it is a part of a larger model."""
+    return read_config(directory).get_text_config()
 
 
 def empty_model(directory: Path) -> Any:
     """The model of a folder without its weights, hence without memory (torch's device "meta")."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    return without_weights(read_config(directory))
 
-    config = AutoConfig.from_pretrained(directory, **LOCAL)
+
+def without_weights(config: Any) -> Any:
+    """The model that a config describes, without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -47,17 +56,26 @@ def checked_model_directory(directory: Path | str) -> Path:
     """The folder, if it holds a causal language model.
 
     Raises:
+        ValueError: See `checked_config`.
+    """
+    checked_config(Path(directory))
+    return Path(directory)
+
+
+def checked_config(directory: Path) -> Any:
+    """The config of a folder's model, if the folder holds a causal language model.
+
+    Raises:
         ValueError: Naming what is missing and how to get it.
     """
-    directory = Path(directory)
     if not (directory / "config.json").is_file():
         state = "has no config.json" if directory.is_dir() else "does not exist"
         raise ValueError(f"model folder {directory} {state}; make one with `align models --help`, or correct the path")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        config = AutoConfig.from_pretrained(directory, **LOCAL)
+        config = read_config(directory)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"model folder {directory}: config.json cannot be read: {error}") from error
     # The type alone would let in a BERT encoder or a classifier: their types have a causal architecture too.
@@ -68,7 +86,7 @@ def checked_model_directory(directory: Path | str) -> Path:
         raise ValueError(f"model folder {directory} holds {architecture}, which is not a causal language model")
     if not list(directory.glob("*.safetensors")):
         raise ValueError(f"model folder {directory} holds no *.safetensors weights; only safetensors are read")
-    return directory
+    return config
 
 
 def stored(model: Any, name: str, parameter: Tensor) -> dict[str, Tensor]:

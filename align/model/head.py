@@ -107,9 +107,9 @@ class _Gradients:
             for need, t in zip(needed, of, strict=False)
         )
 
-    def times(self, factor: Tensor | float) -> list[Tensor | None]:
+    def times(self, of_loss: Tensor | float) -> list[Tensor | None]:
         """The sums times what the loss itself is multiplied by; autograd rounds them to their tensors' types."""
-        return [None if g is None else g.mul_(factor) for g in (self.hidden, self.weight, self.bias)]
+        return [None if g is None else g.mul_(of_loss) for g in (self.hidden, self.weight, self.bias)]
 
 
 class _Sweep:
@@ -153,16 +153,16 @@ class _Sweep:
         return y if self.outer is None else y.tanh_().mul_(self.outer)
 
     def statistics(
-        self, span: slice, h: Tensor, weight: Tensor | None, bias: Tensor | None, kept: list[Tensor] | None
+        self, span: slice, h: Tensor, weight: Tensor | None, bias: Tensor | None, exponentials: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Log-probabilities, entropies and log-normalizers [C] of a chunk; `exp(z - max)` of each block goes to `kept`.
+        """Log-probabilities, entropies and log-normalizers [C] of a chunk; `exp(z - max)` of each block goes to `exponentials`.
 
         Returns:
-            The three, and for each block the factor [C] that makes its kept numbers probabilities.
+            The three, and for each block what makes probabilities of its exponentials [C].
         """
         peaks, sums, moments, chosen = [], [], [], torch.zeros(len(h), device=h.device)
         for number, (lo, hi) in enumerate(self.bounds):
-            z = self.logits(h, weight, bias, lo, hi, None if kept is None else kept[number])
+            z = self.logits(h, weight, bias, lo, hi, None if exponentials is None else exponentials[number])
             place = self.targets[span] - lo
             inside = (place >= 0) & (place < hi - lo)
             chosen += z.gather(1, place.clamp(0, hi - lo - 1)[:, None])[:, 0].where(inside, 0.0)
@@ -171,8 +171,8 @@ class _Sweep:
             shifted = z.clone() if self.entropy else None
             sums.append(z.exp_().sum(dim=1))
             moments.append(sums[-1] if shifted is None else shifted.mul_(z).sum(dim=1))
-            if kept is not None and not z.is_set_to(kept[number]):
-                kept[number].copy_(z)
+            if exponentials is not None and not z.is_set_to(exponentials[number]):
+                exponentials[number].copy_(z)
         peak = torch.stack(peaks).amax(dim=0)
         factors = [torch.exp(p - peak) for p in peaks]
         total = torch.stack([s * f for s, f in zip(sums, factors, strict=True)]).sum(dim=0)
@@ -194,27 +194,27 @@ class _Sweep:
         of_entropy: Tensor | None,
         values: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Add `dL/dy` of a chunk, times its factors, to the sums.
+        """Add `dL/dy` of a chunk, times what its hidden states and weights contribute, to the sums.
 
         `dL/dz_v = g * (1[v = target] - p_v) - e * p_v * (log p_v + H)` for the derivatives g of the log-probability and e of
         the entropy H; a cap adds the factor `1 - (z / outer)^2`.
 
         Args:
-            blocks: For each block numbers [C, block], overwritten, and the factor [C] that makes them probabilities.
+            blocks: For each block `exp(z - peak)` [C, block], overwritten, and what makes probabilities of its rows [C].
             values: Log-probabilities, entropies and normalizers [C].
         """
         logprob, entropy, normalizer = values
-        for (lo, hi), (numbers, factor) in zip(self.bounds, blocks, strict=True):
-            scale = -factor * of_logprob
+        for (lo, hi), (exponentials, to_probability) in zip(self.bounds, blocks, strict=True):
+            slopes, row_scale = exponentials, -to_probability * of_logprob
             if of_entropy is not None or self.outer is not None:
-                log_p = numbers.log().add_(factor.log()[:, None]).clamp_(min=_NEGLIGIBLE)
-                each = of_logprob[:, None].expand_as(log_p)
+                log_p = exponentials.log().add_(to_probability.log()[:, None]).clamp_(min=_NEGLIGIBLE)
+                per_probability = of_logprob[:, None].expand_as(log_p)
                 if of_entropy is not None:
-                    each = each + of_entropy[:, None] * (log_p + entropy[:, None])
+                    per_probability = per_probability + of_entropy[:, None] * (log_p + entropy[:, None])
                 if self.outer is not None:
-                    each = each * self._slope(log_p + normalizer[:, None])
-                numbers, scale = numbers.mul_(each), -factor
-            self._add(into, span, h, weight, slice(lo, hi), numbers, scale)
+                    per_probability = per_probability * self._slope(log_p + normalizer[:, None])
+                slopes, row_scale = exponentials.mul_(per_probability), -to_probability
+            self._add(into, span, h, weight, slice(lo, hi), slopes, row_scale)
         direct = of_logprob if self.outer is None else of_logprob * self._slope(logprob + normalizer)
         self._add_targets(into, span, h, weight, direct)
 
@@ -230,24 +230,25 @@ class _Sweep:
         h: Tensor,
         weight: Tensor | None,
         part: slice,
-        numbers: Tensor,
-        scale: Tensor,
+        slopes: Tensor,
+        row_scale: Tensor,
     ) -> None:
-        """Add `scale * numbers`, a block of `dL/dy`; scaling happens on the narrow side of each product."""
-        wide = numbers.to(h.dtype)
+        """Add a block of `dL/dy`, `row_scale * slopes`; rows are scaled on the narrow side of each product."""
+        rounded = slopes.to(h.dtype)
         if into.hidden is not None:
             if weight is None:
-                into.hidden[span, part] += numbers * (scale * self.inner)[:, None]
+                into.hidden[span, part] += slopes * (row_scale * self.inner)[:, None]
             else:
-                into.hidden[span] += torch.mm(wide, weight[part].to(h.dtype)).float() * (scale * self.inner)[:, None]
+                product = torch.mm(rounded, weight[part].to(h.dtype)).float()
+                into.hidden[span] += product * (row_scale * self.inner)[:, None]
         if into.weight is not None:
-            scaled = (h * scale[:, None]).to(h.dtype)
+            scaled = (h * row_scale[:, None]).to(h.dtype)
             if h.dtype == torch.float32:
-                into.weight[part].addmm_(wide.T, scaled)
+                into.weight[part].addmm_(rounded.T, scaled)
             else:
-                into.weight[part] += torch.mm(wide.T, scaled).float()
+                into.weight[part] += torch.mm(rounded.T, scaled).float()
         if into.bias is not None:
-            into.bias[part] += torch.mv(numbers.T, scale * self.inner)
+            into.bias[part] += torch.mv(slopes.T, row_scale * self.inner)
 
     def _add_targets(self, into: _Gradients, span: slice, h: Tensor, weight: Tensor | None, direct: Tensor) -> None:
         """Add the part of `dL/dy` that only the targets have."""
@@ -276,8 +277,8 @@ class _Formed(torch.autograd.Function):
         for span, h in sweep.chunks(hidden, weight):
             if memory is None:
                 memory = torch.empty(len(h) * sweep.bounds[-1][1], device=h.device)
-            kept = [memory[len(h) * lo : len(h) * hi].view(len(h), hi - lo) for lo, hi in sweep.bounds]
-            logprob, entropy, normalizer, factors = sweep.statistics(span, h, weight, bias, kept)
+            exponentials = [memory[len(h) * lo : len(h) * hi].view(len(h), hi - lo) for lo, hi in sweep.bounds]
+            logprob, entropy, normalizer, to_probability = sweep.statistics(span, h, weight, bias, exponentials)
             logprobs[span], entropies[span] = logprob, entropy
             with torch.enable_grad():
                 leaves = (logprob.detach().requires_grad_(), entropy.detach().requires_grad_())
@@ -285,7 +286,7 @@ class _Formed(torch.autograd.Function):
             of_logprob, of_entropy = torch.autograd.grad(part, leaves, allow_unused=True)
             total += part.detach()
             of_logprob = torch.zeros_like(logprob) if of_logprob is None else of_logprob
-            blocks = zip(kept, factors, strict=True)
+            blocks = zip(exponentials, to_probability, strict=True)
             values = (logprob, entropy, normalizer)
             sweep.add_gradients(gradients, span, h, weight, blocks, of_logprob, of_entropy, values)
         ctx.gradients = gradients

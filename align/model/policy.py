@@ -15,10 +15,11 @@ from align.data.sampling import PLAIN, Sampling
 from align.data.token_logprobs import TokenLogprobs
 from align.model import attention
 from align.model.adapters import Adapter, merged, trained_first
+from align.model.completions import completions
 from align.model.folder import LOCAL, attention_of, checked_model_directory, load_tokenizer, stored
 from align.model.head import MAX_LOGITS_BYTES, Head
 from align.model.precision import DTYPES, autocast
-from align.model.ranks import Ranks, is_sharded, named_shards, shard, whole
+from align.model.ranks import Ranks, full_tensor, is_sharded, named_shards, shard
 from align.model.support import restricted
 from align.model.trunk import Trunk
 
@@ -71,7 +72,9 @@ class Policy:
         """
         every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied = every - {name for name, _ in self.model.named_parameters()}  # gathered twice, it would be written twice
-        held = ((name, whole(t)) for name, t in trained_first(self.model.state_dict().items()) if name not in tied)
+        held = (
+            (name, full_tensor(t)) for name, t in trained_first(self.model.state_dict().items()) if name not in tied
+        )
         state = {}
         for name, tensor in merged(self.adapter, held):
             if self.ranks.first:
@@ -95,7 +98,7 @@ class Policy:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once (a tied head is not repeated), by its name in a Hugging Face folder.
 
-        Of many ranks the first asks, while the others `follow`; one parameter at a time is whole.
+        Of many ranks the first asks, while the others `help_gather`; one parameter at a time is whole.
         """
         for name, parameter in merged(self.adapter, self._gathered()):
             yield from stored(self.model, name, parameter).items()
@@ -107,7 +110,7 @@ class Policy:
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         names, shards = zip(*self._shards(), strict=True)
-        return zip(names, self.ranks.lead(shards), strict=True)
+        return zip(names, self.ranks.gather_each(shards), strict=True)
 
     def _shards(self) -> list[tuple[str, Tensor]]:
         return [(name, p.detach()) for name, p in trained_first(named_shards(self.model))]
@@ -118,9 +121,9 @@ class Policy:
         parts = (stored(self.model, name, parameter) for name, parameter in merged(self.adapter, held))
         return {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
 
-    def follow(self) -> None:
-        """On every rank but the first: take part in what the first gathers until it calls `ranks.release`."""
-        self.ranks.follow([shard for _, shard in self._shards()])
+    def help_gather(self) -> None:
+        """On every rank but the first: take part in what the first gathers until it calls `ranks.end_gathering`."""
+        self.ranks.help_gather([shard for _, shard in self._shards()])
 
     @cached_property
     def trunk(self) -> Trunk:
@@ -262,7 +265,6 @@ class Policy:
         top = [row.topk(num_top or row.shape[-1], dim=-1) for row in rows]
         return torch.stack([t.indices for t in top]), torch.stack([t.values for t in top])
 
-    @torch.no_grad()
     def sample(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int
     ) -> list[list[int]]:
@@ -274,22 +276,11 @@ class Policy:
             Token ids up to and including the end token.
         """
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
-        attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        with torch.random.fork_rng(), self._autocast(), self._plain_generation(pad):
-            torch.manual_seed(seed)
-            output = self.model.generate(
-                ids,
-                attention_mask=attention,
-                max_new_tokens=max_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                synced_gpus=is_sharded(self.model),  # no rank stops before the others
+        ends = self.end_token_ids()
+        with self._autocast():
+            return completions(
+                self.model, prompts, pad=pad, ends=ends, max_tokens=max_tokens, temperature=temperature, seed=seed
             )
-        return [self._until_end(row.tolist()) for row in output[:, longest:]]
 
     def end_token_ids(self) -> set[int]:
         """The tokens that end a completion, from the generation config, else from the tokenizer."""
@@ -299,25 +290,6 @@ class Policy:
         if configured is None:
             return set()
         return set(configured) if isinstance(configured, list) else {configured}
-
-    @contextlib.contextmanager
-    def _plain_generation(self, pad: int) -> Iterator[None]:
-        """The model without its folder's generation settings; `generate` falls back on them for all it is not told."""
-        from transformers import GenerationConfig
-
-        configured = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=sorted(self.end_token_ids()) or None, pad_token_id=pad
-        )
-        try:
-            yield
-        finally:
-            self.model.generation_config = configured
-
-    def _until_end(self, completion: list[int]) -> list[int]:
-        ends = self.end_token_ids()
-        stop = next((i + 1 for i, token in enumerate(completion) if token in ends), len(completion))
-        return completion[:stop]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         # Of a sharded model the cached copies would outlive the layers that they were made for.

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from align.metrics import Metric
 
-_NOTHING = -1  # instead of a number, when rank 0 releases the others
+_NOTHING = -1  # instead of a number, when rank 0 has nothing more to gather
 
 
 class Ranks:
@@ -41,7 +41,7 @@ class Ranks:
         """Whether this rank answers for all."""
         return self.rank == 0
 
-    def gather(self, metrics: Sequence[Metric]) -> list[Metric]:
+    def gather_metrics(self, metrics: Sequence[Metric]) -> list[Metric]:
         """The metrics of all ranks, in the order of the ranks, not yet reduced; every rank gets them.
 
         They travel as JSON, which carries a float to its last bit and, unlike a pickle, nothing that could be run.
@@ -62,20 +62,20 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def lead(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Rank 0: one whole tensor after the other, gathered while the others `follow`. It may stop anywhere."""
+    def gather_each(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Rank 0: one whole tensor after the other, while the others `help_gather`. It may stop anywhere."""
         for number, tensor in enumerate(tensors):
             self._announce(number)
-            yield whole(tensor)
+            yield full_tensor(tensor)
 
-    def release(self) -> None:
-        """Rank 0: the others need not follow any longer."""
+    def end_gathering(self) -> None:
+        """Rank 0: there is nothing more to gather; the others go on."""
         self._announce(None)
 
-    def follow(self, tensors: Sequence[Tensor]) -> None:
-        """Other ranks: take part in every gather that rank 0 begins, until it releases this rank."""
+    def help_gather(self, tensors: Sequence[Tensor]) -> None:
+        """Other ranks: take part in every gather that rank 0 begins, until it has none left."""
         while (number := self._announce(None)) is not None:
-            whole(tensors[number])
+            full_tensor(tensors[number])
 
     def _announce(self, number: int | None) -> int | None:
         """What rank 0 announces, on every rank."""
@@ -121,7 +121,7 @@ def named_shards(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     yield from model.named_parameters()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or, of a sharded one, all of it; then every rank has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -131,7 +131,7 @@ def own_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def of_all(tensor: Tensor, parameter: Tensor) -> Tensor:
+def as_shard(tensor: Tensor, parameter: Tensor) -> Tensor:
     """What this rank holds for its rows of a parameter, as the shard of one tensor of all ranks; a lone number as it is."""
     if isinstance(tensor, DTensor) or not isinstance(parameter, DTensor) or not tensor.dim():
         return tensor
@@ -142,7 +142,7 @@ def of_all(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, placed as a parameter of the same shape is: on its device, and of a sharded one the own shard."""
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device)

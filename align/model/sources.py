@@ -7,7 +7,6 @@ A folder is written beside its final place and renamed, so it is either complete
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import struct
@@ -20,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.digests import file_sha256
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,7 +31,7 @@ DOWNLOAD_DEADLINE_S = 600.0
 MANIFEST = "manifest.json"
 # What the GGUF readers let through for damaged files and for architectures and tokenizers they do not know.
 GGUF_READ_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError, struct.error)
-DTYPES = ("float32", "bfloat16", "float16")
+_WRITTEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def fetch_smollm2(directory: Path, say: Callable[[str], None] = print) -> Path:
@@ -115,8 +116,8 @@ def convert_gguf(file: Path, directory: Path, dtype: str = "float32") -> None:
         FileNotFoundError: `file` does not exist.
         ValueError: transformers cannot read `file`, or it lacks weights; `directory` is not empty; unknown `dtype`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    if dtype not in _WRITTEN_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_WRITTEN_DTYPES)}; got {dtype!r}.")
     _require_gguf(file)
     _require_free(directory)
     with _model_folder(directory, _gguf_origin(file_sha256(file), dtype)) as folder:
@@ -184,12 +185,6 @@ def round_to_grid(weight: torch.Tensor, bits: int, group_size: int) -> torch.Ten
         steps = (group / scale.where(scale > 0, 1.0)).floor().clamp(-half, half - 1)
         rounded.append((steps + 0.5) * scale)
     return torch.cat(rounded, dim=1)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _block_weights(model: Any) -> list[torch.Tensor]:

@@ -155,7 +155,7 @@ class LearnerActor:
 
     def follow(self) -> None:
         """Take part in what the first rank gathers for `export` or `send`, until it is done with it."""
-        self.policy.follow()
+        self.policy.help_gather()
 
     def update(self, step: int, *parts: Group | tuple[TokenRewards, ...]) -> list[Metric]:
         """One optimizer step; `parts` are n groups followed by their n scores. Writes the trajectories of the step.
@@ -202,7 +202,7 @@ class LearnerActor:
         try:
             yield
         finally:
-            self.policy.ranks.release()
+            self.policy.ranks.end_gathering()
 
     def connect(self, engines: Mapping[int, Any], link: Link) -> None:
         """Form a group with exactly these rollout actors (Ray's handles by rank; none leaves the learner alone).

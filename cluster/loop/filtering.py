@@ -8,16 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from align.algorithm.spread import ROUNDING
 from align.data.curriculum import CurriculumConfig, PassRates
 from align.data.types import Ticket
 from align.metrics import Metric
 from align.rules import Rule
 from cluster.faults import NoSignal
 from cluster.loop.fate import Entry, Fate
-
-_SPREAD = (
-    1e-6  # of the largest outcome: below it the learner takes outcomes for equal too (returns.divide_by_group_std)
-)
 
 
 class FilterConfig(BaseModel):
@@ -165,7 +162,7 @@ class Filter:
 
 
 def has_signal(outcomes: tuple[float, ...], outcome_range: tuple[float, float] | None) -> bool:
-    """Whether outcomes, cut to the range that the learner pays, differ by more than rounding.
+    """Whether outcomes, cut to the range that the learner pays, differ by more than rounding, as the learner counts it.
 
     A group with an outcome that is not finite is no case for a filter: it goes to the learner, which refuses it.
     """
@@ -173,4 +170,4 @@ def has_signal(outcomes: tuple[float, ...], outcome_range: tuple[float, float] |
         return True
     low, high = outcome_range or (-math.inf, math.inf)
     paid = [min(max(outcome, low), high) for outcome in outcomes]
-    return not max(paid) - min(paid) <= _SPREAD * max(map(abs, paid))
+    return not max(paid) - min(paid) <= ROUNDING * max(map(abs, paid))

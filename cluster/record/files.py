@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from align.model.sources import file_sha256
+from align.digests import file_sha256
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,12 +8,19 @@ from typing import Any
 
 from align.data.prompts import load_prompts
 from align.data.types import Prompt
+from align.learner.critic import CriticConfig
 from align.learner.moments import eight_bit_kernels
-from align.model.folder import checked_model_directory, text_config
+from align.model.folder import checked_config
 from align.rewards.kinds import verifier_of
 from cluster.faults import ConfigError
 from cluster.spec.config import RunConfig
-from cluster.spec.shape import model_shape
+from cluster.spec.sections import ModelSection, PolicySection
+from cluster.spec.shape import shape_of
+
+_SHAPE = (  # what two configs share if the weights of one are to go into the model of the other
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,49 +42,90 @@ class Inputs:
     weights_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model folder as far as it is read here: no weights.
+
+    Attributes:
+        role: "policy", "reference" or "critic".
+        folder: Where it is.
+        config: Its config.
+        tokenizer: Its tokenizer.
+    """
+
+    role: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+
+    @property
+    def text(self) -> Any:
+        """The config of the language model, also where it is a part of a larger one."""
+        return self.config.get_text_config()
+
+    @property
+    def num_logits(self) -> int:
+        """Size of the vocabulary, with what it is padded by."""
+        return int(self.text.vocab_size)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights on disk."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+
 def load_inputs(cfg: RunConfig) -> Inputs:
-    """Read tokenizers and prompts and check that everything fits together.
+    """Read configs, tokenizers and prompts and check that everything fits together.
 
     Raises:
         ConfigError: Naming what does not.
     """
     try:
-        folders = [checked_model_directory(section.model) for section in (cfg.policy, cfg.reference) if section]
-        policy, *reference = map(_load_tokenizer, folders)
-        if reference:
-            check_vocabularies(policy, *reference, *folders)
-        vocab_size = _num_logits(*folders)
-        critics = [checked_model_directory(cfg.critic.model)] if cfg.critic and cfg.critic.model else []
-        for folder in critics:
-            check_vocabularies(policy, _load_tokenizer(folder), folders[0], folder, "critic")
-        _check_context(cfg.rollout.max_model_len, *folders, *critics)
-        if cfg.refresh_every:
-            _check_same_shape(*folders)
-        if cfg.policy.adapter:
-            shape = model_shape(folders[0], cfg.policy.adapter)
-            if cfg.policy.engine_adapter and shape.has_experts and not cfg.rollout.num_gpus:
-                raise ValueError(
-                    "policy.adapter.publish = 'adapter' needs rollout.num_gpus = 1 for a mixture of experts: with room for "
-                    "adapters vLLM has no kernel for experts on CPUs; or publish = 'merged'"
-                )
+        policy = _checked_policy(cfg)
         if any(optimizer.moments == "8bit" for optimizer in cfg.optimizers.values()):
             eight_bit_kernels()
-        room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
-        train = load_prompts(cfg.prompts, policy, room)
-        heldout = load_prompts(cfg.evaluation.heldout, policy, room) if cfg.evaluation.heldout else []
-        if verifier := verifier_of(cfg.reward):
-            for prompt in (*train, *heldout):
-                verifier.check(prompt)
+        train, heldout = _load_prompts(cfg, policy.tokenizer)
         kept = without(train, heldout)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
-    return Inputs(
-        kept,
-        heldout,
-        len(train) - len(kept),
-        vocab_size,
-        sum(f.stat().st_size for f in folders[0].glob("*.safetensors")),
-    )
+    return Inputs(kept, heldout, len(train) - len(kept), policy.num_logits, policy.weights_bytes)
+
+
+def _checked_policy(cfg: RunConfig) -> Model:
+    """The policy, once it was found to go with the other models of the run, with its adapter and with the engines."""
+    policy, *references = _read_models(policy=cfg.policy, reference=cfg.reference)
+    for reference in references:
+        check_vocabularies(policy, reference)
+        _check_logits(policy, reference)
+    critics = _read_models(critic=cfg.critic)
+    for critic in critics:
+        check_vocabularies(policy, critic)
+    for model in (policy, *references, *critics):
+        _check_context(model, cfg.rollout.max_model_len)
+    if cfg.refresh_every:
+        for reference in references:
+            _check_same_shape(policy, reference)
+    if cfg.policy.adapter:
+        _check_adapter(policy, cfg.policy, on_gpu=cfg.rollout.num_gpus > 0)
+    return policy
+
+
+def _read_models(**sections: ModelSection | CriticConfig | None) -> list[Model]:
+    """The models of these roles, as far as they have a folder: what all folders hold first, their tokenizers then."""
+    folders = {role: section.model for role, section in sections.items() if section and section.model}
+    held = [(role, folder, checked_config(folder)) for role, folder in folders.items()]
+    return [Model(role, folder, config, _load_tokenizer(folder)) for role, folder, config in held]
+
+
+def _load_prompts(cfg: RunConfig, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and held-out ones; each leaves room for a completion, and has what a verifier needs."""
+    room = cfg.rollout.max_model_len - cfg.sampling.max_tokens
+    train = load_prompts(cfg.prompts, tokenizer, room)
+    heldout = load_prompts(cfg.evaluation.heldout, tokenizer, room) if cfg.evaluation.heldout else []
+    if verifier := verifier_of(cfg.reward):
+        for prompt in (*train, *heldout):
+            verifier.check(prompt)
+    return train, heldout
 
 
 def without(train: list[Prompt], heldout: list[Prompt]) -> list[Prompt]:
@@ -104,55 +152,53 @@ def _load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"model folder {folder}: the tokenizer cannot be read: {error}") from error
 
 
-def _num_logits(policy_folder: Path, *reference_folders: Path) -> int:
-    """Logits of the policy; models of one family pad the same vocabulary to different sizes."""
-    own = int(text_config(policy_folder).vocab_size)
-    for folder in reference_folders:
-        if (other := int(text_config(folder).vocab_size)) < own:
-            raise ValueError(
-                f"the policy {policy_folder} has {own} logits, the reference {folder} has {other}: the policy could "
-                "sample tokens that the reference cannot score; pad the reference's embeddings"
-            )
-    return own
-
-
-def _check_context(max_model_len: int, *folders: Path) -> None:
-    """Raise ValueError if a sequence could be longer than a model was made for."""
-    for folder in folders:
-        context = getattr(text_config(folder), "max_position_embeddings", None)
-        if context is not None and max_model_len > context:
-            raise ValueError(
-                f"rollout.max_model_len is {max_model_len}, the model in {folder} takes at most {context} tokens; lower it"
-            )
-
-
-_SHAPE = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
-)
-
-
-def _check_same_shape(policy_folder: Path, reference_folder: Path) -> None:
-    """Raise ValueError if the reference could not take the policy's weights."""
-    own, other = (text_config(folder) for folder in (policy_folder, reference_folder))
-    for name in _SHAPE:
-        if (mine := getattr(own, name, None)) != (its := getattr(other, name, None)):
-            raise ValueError(
-                f"reference.refresh_every lets the reference take the policy's weights, but {name} is {mine} in {policy_folder} "
-                f"and {its} in {reference_folder}; take models of one shape, or set it to 0"
-            )
-
-
-def check_vocabularies(
-    policy: Any, reference: Any, policy_folder: Path, reference_folder: Path, role: str = "reference"
-) -> None:
+def check_vocabularies(policy: Model, other: Model) -> None:
     """Raise ValueError if a token id means something else to the two models."""
-    own, other = policy.get_vocab(), reference.get_vocab()
-    if own == other:
+    ids, its = policy.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if ids == its:
         return
-    differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
+    differing = sorted(token for token in ids.keys() | its.keys() if ids.get(token) != its.get(token))
     token = differing[0]
     raise ValueError(
-        f"the tokenizers of policy {policy_folder} and {role} {reference_folder} differ in {len(differing)} tokens, e.g. "
-        f"{token!r} is {own.get(token)} and {other.get(token)}; the {role} reads token ids, so both need one vocabulary"
+        f"the tokenizers of policy {policy.folder} and {other.role} {other.folder} differ in {len(differing)} tokens, e.g. "
+        f"{token!r} is {ids.get(token)} and {its.get(token)}; the {other.role} reads token ids, so both need one vocabulary"
     )
+
+
+def _check_logits(policy: Model, reference: Model) -> None:
+    """Models of one family pad the same vocabulary to different sizes; the reference needs no fewer logits than the policy."""
+    if reference.num_logits < policy.num_logits:
+        raise ValueError(
+            f"the policy {policy.folder} has {policy.num_logits} logits, the reference {reference.folder} has "
+            f"{reference.num_logits}: the policy could sample tokens that the reference cannot score; pad the reference's "
+            "embeddings"
+        )
+
+
+def _check_context(model: Model, max_model_len: int) -> None:
+    """Raise ValueError if a sequence could be longer than a model was made for."""
+    context = getattr(model.text, "max_position_embeddings", None)
+    if context is not None and max_model_len > context:
+        raise ValueError(
+            f"rollout.max_model_len is {max_model_len}, the model in {model.folder} takes at most {context} tokens; lower it"
+        )
+
+
+def _check_same_shape(policy: Model, reference: Model) -> None:
+    """Raise ValueError if the reference could not take the policy's weights."""
+    for name in _SHAPE:
+        if (mine := getattr(policy.text, name, None)) != (its := getattr(reference.text, name, None)):
+            raise ValueError(
+                f"reference.refresh_every lets the reference take the policy's weights, but {name} is {mine} in {policy.folder} "
+                f"and {its} in {reference.folder}; take models of one shape, or set it to 0"
+            )
+
+
+def _check_adapter(policy: Model, section: PolicySection, *, on_gpu: bool) -> None:
+    """Raise an error if the adapter has nothing to adapt in this model, or engines cannot have it as such."""
+    shape = shape_of(policy.folder, policy.config, section.adapter)
+    if section.engine_adapter and shape.has_experts and not on_gpu:
+        raise ValueError(
+            "policy.adapter.publish = 'adapter' needs rollout.num_gpus = 1 for a mixture of experts: with room for "
+            "adapters vLLM has no kernel for experts on CPUs; or publish = 'merged'"
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.model.adapters import Adapter, AdapterConfig
-from align.model.folder import empty_model
+from align.model.folder import read_config, without_weights
 from cluster.faults import ConfigError
 
 
@@ -56,10 +58,19 @@ def model_shape(folder: Path, adapter: AdapterConfig | None = None) -> ModelShap
             f"model folder {folder} has no config.json",
             "download the model's config.json there (a plan needs no weights), or correct the path",
         )
-    try:
-        model = empty_model(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise ConfigError(f"model folder {folder}: config.json cannot be used: {error}", "see the message") from None
+    with _named(folder):
+        config = read_config(folder)
+    return shape_of(folder, config, adapter)
+
+
+def shape_of(folder: Path, config: Any, adapter: AdapterConfig | None = None) -> ModelShape:
+    """The same of a model whose config was read from `folder` already.
+
+    Raises:
+        ConfigError: If there is no causal language model of that config, or the adapter does not fit it.
+    """
+    with _named(folder):
+        model = without_weights(config)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     text = model.config.get_text_config()
     num_heads = text.num_attention_heads
@@ -73,6 +84,15 @@ def model_shape(folder: Path, adapter: AdapterConfig | None = None) -> ModelShap
         num_adapter_parameters=0 if adapter is None else _num_trained(model, adapter),
         has_experts=any(".experts." in name for name, _ in model.named_parameters()),
     )
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors of transformers about a config, with the folder that it came from."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"model folder {folder}: config.json cannot be used: {error}", "see the message") from None
 
 
 def _num_trained(model: Any, adapter: AdapterConfig) -> int:

@@ -15,7 +15,7 @@ from align.data.batching import Batch
 from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.model.policy import Policy
-from align.model.ranks import Ranks, whole
+from align.model.ranks import Ranks, full_tensor
 from tests.fakes.models import character_tokenizer, random_qwen3
 
 Arrays = dict[str, np.ndarray]
@@ -41,10 +41,10 @@ def gathered(learner: Learner, publish: Callable[[], Iterable[tuple[str, torch.T
     """What the first rank publishes while the others follow."""
     ranks = learner.policy.ranks
     if not ranks.first:
-        learner.policy.follow()
+        learner.policy.help_gather()
         return {}
     found = {name: weight.detach().cpu().numpy().copy() for name, weight in publish()}
-    ranks.release()
+    ranks.end_gathering()
     return found
 
 
@@ -71,7 +71,7 @@ def adam_state(learner: Learner) -> Arrays:
     """All of Adam's state."""
     named = [(name, p) for name, p in learner.policy.model.named_parameters() if p.requires_grad]
     states = {f"{name} {key}": value for name, p in named for key, value in learner.optimizer.adam.state[p].items()}
-    return {name: whole(value).numpy().copy() for name, value in states.items()}
+    return {name: full_tensor(value).numpy().copy() for name, value in states.items()}
 
 
 @torch.no_grad()

@@ -69,8 +69,10 @@ def test_the_gpu_rounds_as_the_cpu_does_but_for_its_table() -> None:
     moments = optimizer_of(moments="8bit").moments
     value = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
     state = {"step": torch.tensor(1.0), "exp_avg": value, "exp_avg_sq": value.square()}
-    on_cpu = moments.taken(moments.kept(state), value)
-    on_gpu = moments.taken(moments.kept({k: v if k == "step" else v.cuda() for k, v in state.items()}), value.cuda())
+    on_cpu = moments.for_step(moments.to_store(state), value)
+    on_gpu = moments.for_step(
+        moments.to_store({k: v if k == "step" else v.cuda() for k, v in state.items()}), value.cuda()
+    )
     largest = value.abs().max()
     torch.testing.assert_close(on_gpu["exp_avg"].cpu(), on_cpu["exp_avg"], rtol=0, atol=float(largest) * 0.015)
     assert ((on_gpu["exp_avg"].cpu() - on_cpu["exp_avg"]).abs() > 1e-6).float().mean() < 0.01

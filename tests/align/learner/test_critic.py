@@ -170,7 +170,7 @@ def test_a_critic_that_overflows_stops_the_policys_step_too(new_policy: Any) -> 
 
 def test_a_critic_is_there_exactly_if_the_algorithm_reads_it(policy: Policy) -> None:
     plain = new_learner(policy)
-    rest = (plain.optimizer.cfg, plain.cfg, 10, 1.0)
+    rest = (plain.optimizer.cfg, plain.cfg, 10, plain.sampling)
     with pytest.raises(ValueError, match="'critic' needs a critic"):
         Learner(policy, new_learner(policy, **WHOLE_RETURN).objective.cfg, *rest)
     with pytest.raises(ValueError, match="'none' reads no critic"):

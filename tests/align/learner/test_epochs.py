@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align.algorithm import corrections
-from align.data.batching import Batch, micro_batches
-from align.data.sampling import Sampling
+from align.data.batching import Batch
+from align.data.sampling import PLAIN, Sampling
 from align.data.token_budget import TokenBudget
 from align.learner.epochs import minibatches, old_logprobs
 from align.model.policy import Policy
@@ -62,7 +61,7 @@ def test_an_update_tells_its_advantages_and_what_the_policy_said_when_each_traje
     stats = {}
     for epochs, parts in ((1, 1), (2, 1), (2, 2)):
         learner = new_learner(new_policy(), num_epochs=epochs, num_minibatches=parts, **CLIP)
-        before = old_logprobs(learner.policy, batch, partial(micro_batches, max_tokens=1000), packed=False)
+        before = old_logprobs(learner.policy, batch, TokenBudget(1000, packs=False), PLAIN)
         stats[epochs, parts] = learner.update(batch)
         assert torch.equal(stats[epochs, parts].advantages, learner.objective.advantages(batch)[0])
         assert torch.equal(stats[epochs, parts].policy_logprobs.isnan(), ~batch.loss_mask)

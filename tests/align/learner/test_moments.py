@@ -95,9 +95,9 @@ def test_a_moment_is_the_nearest_of_256_values_times_the_largest_of_its_block(
     moments = Moments(eight_bits=True, offload=False)
     first = torch.randn(3, width, generator=generator) * torch.tensor([[1.0], [1e-5], [0.0]])
     second = torch.randn(3, width, generator=generator).square()
-    kept = moments.kept({"step": torch.tensor(3.0), "exp_avg": first, "exp_avg_sq": second})
+    kept = moments.to_store({"step": torch.tensor(3.0), "exp_avg": first, "exp_avg_sq": second})
     assert kept["exp_avg_scales"].shape == (3, width // block)
-    taken = moments.taken(kept, first)
+    taken = moments.for_step(kept, first)
     assert taken["step"] == 3
     for name, signed, value, found in (
         ("exp_avg", True, first, taken["exp_avg"]),
@@ -157,7 +157,7 @@ def test_a_small_second_moment_is_not_rounded_to_zero_beside_a_large_one(eight_b
     gradient = torch.full((1, 64), 1e-4)
     gradient[0, 0] = 1.0
     state = {"step": torch.tensor(1.0), "exp_avg": 0.1 * gradient, "exp_avg_sq": 0.05 * gradient.square()}
-    taken = moments.taken(moments.kept(state), gradient)
+    taken = moments.for_step(moments.to_store(state), gradient)
     ratio = taken["exp_avg"] / (taken["exp_avg_sq"].sqrt() + 1e-8)
     assert ratio.max() < 1.2 * 0.1 / math.sqrt(0.05)
     assert ratio.min() > 0.8 * 0.1 / math.sqrt(0.05)

@@ -63,9 +63,9 @@ def publish(ranks: Ranks) -> Result:
     if ranks.first:
         started = learner.policy.named_weights()
         names = [next(started)[0] for _ in range(3)]
-        ranks.release()
+        ranks.end_gathering()
     else:
-        learner.policy.follow()
+        learner.policy.help_gather()
         names = []
     parameters = learner.policy.model.parameters()
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from align.model.adapters import AdapterConfig
+from align.model.folder import read_config
 from cluster.faults import ConfigError
 from cluster.spec.config import RunConfig
-from cluster.spec.inputs import check_vocabularies, load_inputs
+from cluster.spec.inputs import Model, check_vocabularies, load_inputs
 from tests.fakes.models import VOCAB_SIZE
 from tests.fakes.run_files import config, write_prompts
 
@@ -23,6 +25,10 @@ class FakeTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         return self.vocab
+
+
+def fake_model(role: str, **vocab: int) -> Model:
+    return Model(role, Path("models") / role, config=None, tokenizer=FakeTokenizer(**vocab))
 
 
 @pytest.fixture
@@ -167,6 +173,35 @@ def test_a_folder_without_a_usable_tokenizer_is_named(
     assert message.startswith(f"model folder {folder}") and problem in message
 
 
+def test_what_every_folder_holds_is_looked_at_before_any_tokenizer(
+    cfg: RunConfig, model_folder: Path, tmp_path: Path
+) -> None:
+    policy, nowhere = tmp_path / "no-tokenizer", tmp_path / "none"
+    shutil.copytree(model_folder, policy)
+    for path in policy.glob("token*"):
+        path.unlink()
+    assert f"model folder {nowhere} does not exist" in refused(make_config(policy, nowhere, cfg.prompts.files[0]))
+    critic = {"algorithm": {"name": "ppo"}, "critic": {"model": nowhere}}
+    assert "holds no tokenizer" in refused(make_config(policy, model_folder, cfg.prompts.files[0], **critic))
+    assert f"model folder {nowhere} does not" in refused(
+        make_config(model_folder, model_folder, cfg.prompts.files[0], **critic)
+    )
+
+
+def test_each_folder_is_read_once(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def reading(directory: Path) -> Any:
+        read.append(directory)
+        return read_config(directory)
+
+    monkeypatch.setattr("align.model.folder.read_config", reading)
+    following = cfg.reference.model_copy(update={"refresh_every": 2})
+    adapted = cfg.policy.model_copy(update={"adapter": AdapterConfig(rank=2)})
+    load_inputs(cfg.model_copy(update={"policy": adapted, "reference": following}))
+    assert read == [cfg.policy.model, cfg.reference.model]
+
+
 def changed(model_folder: Path, folder: Path, **settings: int) -> Path:
     """A copy of the model folder with other settings in its config.json; only that file is read here."""
     shutil.copytree(model_folder, folder)
@@ -266,7 +301,7 @@ def test_a_prompt_file_that_cannot_be_used_is_named_with_the_line(
 
 
 def test_equal_vocabularies_pass_whatever_their_order() -> None:
-    check_vocabularies(FakeTokenizer(a=0, b=1), FakeTokenizer(b=1, a=0), Path("p"), Path("r"))
+    check_vocabularies(fake_model("policy", a=0, b=1), fake_model("reference", b=1, a=0))
 
 
 @pytest.mark.parametrize(
@@ -278,10 +313,9 @@ def test_equal_vocabularies_pass_whatever_their_order() -> None:
     ],
 )
 def test_a_token_that_means_something_else_to_the_reference_is_named(reference: dict[str, int], expected: str) -> None:
-    policy = FakeTokenizer(a=0, b=1, c=2)
     with pytest.raises(ValueError, match=expected) as caught:
-        check_vocabularies(policy, FakeTokenizer(**reference), Path("models/p"), Path("models/r"))
-    assert "policy models/p and reference models/r" in str(caught.value)
+        check_vocabularies(fake_model("policy", a=0, b=1, c=2), fake_model("reference", **reference))
+    assert "policy models/policy and reference models/reference" in str(caught.value)
 
 
 def test_models_with_other_vocabularies_are_refused(cfg: RunConfig, model_folder: Path, tmp_path: Path) -> None:
