@@ -1,4 +1,4 @@
-"""The pages of `align inspect --web` as pictures for the README: `python -m tests.bench.screenshots runs/demo-…`.
+"""The pages of `align inspect --web` as pictures for cluster/README.md: `python -m tests.bench.screenshots runs/demo-…`.
 
 Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`).
 """
