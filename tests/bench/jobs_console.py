@@ -2,8 +2,8 @@
 
     python -m tests.bench.jobs_console
 
-Writes deploy/runs/results/jobs_console.txt, which deploy/README.md shows. Ray's own lines of a log are left out, and paths and ports
-of the moment have the names that they would have on a cluster.
+Writes deploy/runs/results/jobs_console.txt, which deploy/README.md shows. Ray's own lines of a log are left out, and paths and
+ports of the moment have the names that they would have on a cluster.
 """
 
 from __future__ import annotations
