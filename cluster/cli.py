@@ -103,7 +103,7 @@ def plan(
 ) -> None:
     """Print what a run needs: processes, memory, batches, staleness, traffic, disk. Starts nothing, reads no weights."""
     from cluster.capacity.bill import read_rates
-    from cluster.capacity.fit import read_cluster
+    from cluster.capacity.machines import read_cluster
     from cluster.capacity.plan import plan as write
     from cluster.spec.config import load_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cluster.capacity.bill import Arithmetic, Rates, Role, StepTime, critic_shape, roles
-from cluster.capacity.fit import Node
+from cluster.capacity.machines import Node
 from cluster.capacity.remedies import check_fit, size
 from cluster.spec.config import RunConfig
 from cluster.spec.shape import model_shape

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.capacity.bill import Role
-from cluster.capacity.fit import Node, unplaced
+from cluster.capacity.fit import unplaced
+from cluster.capacity.machines import Node
 from cluster.faults import ResourceError
 from cluster.spec.config import RunConfig
 

@@ -164,7 +164,7 @@ class Training:
         canary = [self.stream.ticket(number) for number in range(cfg.weights.canary_sequences)]
         # An adapter goes back onto the weights that it was made for, not onto the checkpoint's, which it is a part of.
         policy = restored.policy if restored and cfg.policy.adapter is None else cfg.policy.model
-        self.workers = await start_workers(cfg, self.folder.path, policy, canary, self.console)
+        self.workers = await start_workers(cfg, self.folder.path, policy, canary, self.console.say, self.console.warn)
         self.reference = MovingReference(
             self.folder.path / "reference",
             cfg.refresh_every,

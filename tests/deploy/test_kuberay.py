@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.fleet.placement import Demand
+from cluster.capacity.room import Demand
 from cluster.spec.config import load_config
 from tests.deploy.kustomize import Object, apply, build
 from tests.deploy.operator import cluster_spec, groups, problems

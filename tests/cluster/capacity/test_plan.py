@@ -11,7 +11,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from align.model.adapters import AdapterConfig
 from cluster.capacity.bill import Rates
-from cluster.capacity.fit import Node
+from cluster.capacity.machines import Node
 from cluster.capacity.plan import plan
 from cluster.faults import ConfigError
 from cluster.spec.shape import model_shape

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.capacity.bill import Role, places, roles
-from cluster.capacity.fit import Node, unplaced
+from cluster.capacity.fit import unplaced
+from cluster.capacity.machines import Node
 from cluster.capacity.remedies import check_fit, machine, settings_that_fit
 from cluster.faults import ResourceError
 from cluster.spec.config import RunConfig
