@@ -20,7 +20,7 @@ from cluster.doctor.storage import run_folder
 from cluster.doctor.verdict import Verdict
 from cluster.doctor.versions import TESTED
 from cluster.faults import ConfigError
-from cluster.fleet.handles import Handle, RolloutHandle
+from cluster.fleet.learner import Handle, RolloutHandle
 from cluster.fleet.placement import new_learner, new_rollout, new_scorer
 from cluster.fleet.publication import canary_gap
 from cluster.fleet.reservation import reserve

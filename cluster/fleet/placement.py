@@ -19,7 +19,7 @@ from cluster.actors.rollout import RolloutActor, engine_settings
 from cluster.actors.scorer import ScorerActor
 from cluster.actors.weights import Link
 from cluster.capacity.bill import SHARED_GPU
-from cluster.fleet.handles import Deadlines, LearnerHandle, RolloutHandle
+from cluster.fleet.learner import Deadlines, LearnerHandle, RolloutHandle
 from cluster.fleet.publication import FleetHandle
 from cluster.fleet.reservation import Reservation, Say, reserve
 from cluster.fleet.scorers import ScorerHandle, ScorerPool

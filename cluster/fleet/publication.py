@@ -18,7 +18,7 @@ from align.metrics import Metric
 from cluster.actors.rollout import RolloutConfig
 from cluster.actors.weights import Link, WeightsConfig
 from cluster.faults import ActorLost, WrongWeights, reason
-from cluster.fleet.handles import LearnerHandle, Published, RolloutHandle, spend
+from cluster.fleet.learner import LearnerHandle, Published, RolloutHandle, spend
 
 Result = TypeVar("Result")
 

@@ -13,7 +13,7 @@ from align.data.types import Prompt
 from align.metrics import Metric
 from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, WrongWeights, reason
-from cluster.fleet.handles import Handle, spend
+from cluster.fleet.learner import Handle, spend
 from cluster.loop.loop import Rollout
 from cluster.record.trace import Span
 from cluster.run.moving_reference import SavedReference

@@ -14,7 +14,7 @@ from align.metrics import Metric
 from cluster.actors.rollout import RolloutConfig
 from cluster.actors.weights import Link, WeightsConfig
 from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights
-from cluster.fleet.handles import Deadlines, LearnerHandle, RolloutHandle
+from cluster.fleet.learner import Deadlines, LearnerHandle, RolloutHandle
 from cluster.fleet.publication import FleetHandle, canary_gap
 
 CANARY = [[1, 2, 3]]
@@ -214,7 +214,7 @@ class World:
 def kill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's kill, for the fakes."""
     monkeypatch.setattr(
-        "cluster.fleet.handles.ray.kill", lambda actor, no_restart: setattr(actor.subject, "killed", True)
+        "cluster.fleet.learner.ray.kill", lambda actor, no_restart: setattr(actor.subject, "killed", True)
     )
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-import cluster.fleet.handles
+import cluster.fleet.learner
 from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
 from cluster.actors.rollout import GroupSummary, RolloutConfig
 from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, RestartBudgetSpent, RunError, TrainingDiverged, WrongWeights
-from cluster.fleet.handles import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
+from cluster.fleet.learner import Deadlines, Handle, LearnerHandle, RolloutHandle, spend
 from cluster.fleet.scorers import ScorerHandle, ScorerPool
 from cluster.loop.loop import Rollout
 from cluster.record.trace import Span
@@ -94,7 +94,7 @@ def complete(work: Coroutine[Any, Any, Any]) -> Any:
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Actors that were killed; Ray is not running."""
     actors: list[Any] = []
-    monkeypatch.setattr(cluster.fleet.handles.ray, "kill", lambda actor, no_restart: actors.append(actor))
+    monkeypatch.setattr(cluster.fleet.learner.ray, "kill", lambda actor, no_restart: actors.append(actor))
     return actors
 
 
@@ -352,7 +352,7 @@ def test_the_loss_of_one_rank_is_that_of_the_learner_though_another_one_complain
 
 
 def test_a_rank_that_fails_ends_the_wait_for_one_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.fleet.handles, "_CAUSE_S", SHORT)
+    monkeypatch.setattr(cluster.fleet.learner, "_CAUSE_S", SHORT)
     broken = fails(failed_task(ZeroDivisionError("a bug")))
 
     async def scenario() -> None:
