@@ -1,27 +1,21 @@
-"""Handles on Ray actors: every call has a deadline, and Ray's errors become named ones.
-
-Token arrays stay behind Ray's object references: they go from actor to actor, and this process sees summaries.
-"""
+"""The handle on the learner, which may run on several ranks."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import ray
-from ray.exceptions import RayError
-
-from align.data.types import Ticket
 from align.metrics import Metric
 from cluster.actors.learner import Answer
-from cluster.actors.rollout import RolloutConfig
 from cluster.actors.weights import Link
-from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights, from_ray, reason
+from cluster.faults import ActorLost
+from cluster.fleet.handle import Handle
 from cluster.loop.loop import Rollout
 
+Result = TypeVar("Result")
 _CAUSE_S = 5.0  # how long Ray may take to tell that a process died
 
 
@@ -32,105 +26,6 @@ class Deadlines:
     start_s: float
     update_s: float
     save_s: float
-
-
-class Handle:
-    """One Ray actor with its role and rank.
-
-    Args:
-        actor: Ray's handle.
-        role: "rollout", "scorer" or "learner".
-        rank: Number within the role.
-    """
-
-    def __init__(self, actor: Any, role: str, rank: int) -> None:
-        self.actor = actor
-        self.role = role
-        self.rank = rank
-
-    async def answer(self, reference: Any, phase: str, deadline_s: float) -> Any:
-        """The value behind a reference.
-
-        Raises:
-            ActorLost: If the actor died, or did not answer within the deadline (a frozen one looks the same).
-            RunError: If the work itself failed; a RunError of the actor is raised as it is.
-        """
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await reference
-        except RayError as error:  # first, since a RayTaskError may be a TimeoutError of the work
-            raise from_ray(error, self.role, self.rank, phase) from None
-        except TimeoutError:
-            raise ActorLost(self.role, self.rank, phase, f"no answer within {deadline_s:g} s") from None
-
-    def kill(self) -> None:
-        """End the actor's process at once."""
-        ray.kill(self.actor, no_restart=True)
-
-
-class RolloutHandle(Handle):
-    """A rollout actor.
-
-    Args:
-        actor: Ray's handle.
-        rank: Number of the actor.
-        cfg: Deadlines.
-        max_groups: Groups that may be in flight on it.
-    """
-
-    def __init__(self, actor: Any, rank: int, cfg: RolloutConfig, max_groups: int) -> None:
-        super().__init__(actor, "rollout", rank)
-        self.cfg = cfg
-        self.max_groups = max_groups
-        self.lost: ActorLost | None = None
-
-    async def ready(self) -> None:
-        """Wait until the engine is up."""
-        await self.answer(self.actor.ready.remote(), "start", self.cfg.start_deadline_s)
-
-    async def rollout(self, ticket: Ticket) -> Rollout:
-        """Sample one group; see the loop's `RolloutActor`."""
-        if self.lost:
-            raise self.lost
-        payload, summary = self.actor.rollout.options(num_returns=2).remote(ticket)
-        known = await self.answer(summary, "rollout", self.cfg.rollout_deadline_s)
-        numbers = (known.oldest_version, known.num_tokens, known.num_stopped)
-        return Rollout(ticket, *numbers, payload, spans=(known.span,))
-
-    async def load(self, weights: Any, version: int) -> None:
-        """Serve the exported weights. Raises WrongWeights if the actor then reports another version."""
-        await self._serve(self.actor.load.remote(weights), version)
-
-    async def commit(self, version: int, fingerprint: str) -> None:
-        """Serve what the learner sent. Raises WrongWeights if something else arrived."""
-        await self._serve(self.actor.commit.remote(version, fingerprint), version)
-
-    async def abandon_update(self) -> None:
-        """Serve on after an update that failed.
-
-        Raises:
-            ActorLost: If the old weights are gone.
-        """
-        phase = "load"
-        if not await self.answer(self.actor.abandon_update.remote(), phase, self.cfg.load_deadline_s):
-            raise ActorLost(self.role, self.rank, phase, "the update broke off and the old weights are gone")
-
-    async def _serve(self, loading: Any, version: int) -> None:
-        served = await self.answer(loading, "load", self.cfg.load_deadline_s)
-        if served != version:
-            raise WrongWeights(f"rollout {self.rank} reports version {served} after loading {version}", "")
-
-    async def canary(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities of the canary sequences."""
-        answer: list[list[float]] = await self.answer(
-            self.actor.canary.remote(sequences), "canary", self.cfg.load_deadline_s
-        )
-        return answer
-
-    async def usage(self) -> tuple[float, float]:
-        """Busy and elapsed seconds since the last call; see `cluster.actors.usage.BusyClock`."""
-        used: tuple[float, float] = await self.answer(self.actor.usage.remote(), "usage", self.cfg.load_deadline_s)
-        return used
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,21 +69,20 @@ class LearnerHandle(Handle):
             starts = [self.actor.ready.remote()]
         else:
             meeting = self.actor.host.remote()
-            starts = self._call(lambda actor: actor.join.remote(meeting))
+            starts = self._call(lambda rank: rank.join.remote(meeting))
         await self._together(starts, "start", self.deadlines.start_s)
 
     async def update(self, rollouts: Sequence[Rollout], step: int) -> list[Metric]:
         """One optimizer step on these rollouts."""
         parts = [*(r.payload for r in rollouts), *(r.scores for r in rollouts)]
-        updates = self._call(lambda actor: actor.update.remote(step, *parts))
-        metrics: list[Metric] = await self._together(updates, f"update of step {step}", self.deadlines.update_s)
-        return metrics
+        phase = f"update of step {step}"
+        return await self._ask(lambda rank: rank.update.remote(step, *parts), phase, self.deadlines.update_s)
 
     async def export(self, canary: Sequence[Sequence[int]]) -> Published:
         """Put the current weights into Ray's object store, and score the canary with them."""
         exported, summary = self.actor.export.options(num_returns=2).remote()
         exporting = [summary, *self._followers()]
-        scored = self._call(lambda actor: actor.canary.remote(canary))
+        scored = self._call(lambda rank: rank.canary.remote(canary))
         num_bytes, version = await self._together(exporting, "export of the weights", self.deadlines.save_s)
         expected = await self._together(scored, "canary", self.deadlines.save_s)
         return Published(version, num_bytes, expected, exported=exported)
@@ -209,7 +103,7 @@ class LearnerHandle(Handle):
         """
         connecting = None if regroup is None else self.actor.connect.remote(regroup, link)
         sending = [self.actor.send.remote(), *self._followers()]
-        scored = self._call(lambda actor: actor.canary.remote(canary))
+        scored = self._call(lambda rank: rank.canary.remote(canary))
         if connecting is not None:
             await self.answer(connecting, "connect", self.deadlines.update_s + 2 * link.deadline_s)
         deadline_s = self.deadlines.save_s + 4 * link.deadline_s
@@ -219,53 +113,50 @@ class LearnerHandle(Handle):
 
     async def export_reference(self, directory: Path) -> str:
         """Write the policy as a Hugging Face folder, for the scorers; returns the fingerprint of its weights in float32."""
-        writing = self._call(lambda actor: actor.export_policy.remote(directory))
+        writing = self._call(lambda rank: rank.export_policy.remote(directory))
         inspecting = [self.actor.fingerprint.remote(), *self._followers()]
         await self._together(writing, "export of the reference", self.deadlines.save_s)
-        fingerprint: str = await self._together(inspecting, "fingerprint", self.deadlines.save_s)
-        return fingerprint
+        return await self._together(inspecting, "fingerprint", self.deadlines.save_s)
 
     async def evaluate(self, ref_log_distributions: Any, rollouts: Sequence[Rollout]) -> list[Answer]:
         """Judge what the current policy sampled; without a reference there are no distributions."""
-        payloads = [r.payload for r in rollouts]
-        judging = self._call(lambda actor: actor.evaluate.remote(ref_log_distributions, *payloads))
-        answers: list[Answer] = await self._together(judging, "evaluation", self.deadlines.update_s)
-        return answers
+        parts = [ref_log_distributions, *(r.payload for r in rollouts)]
+        return await self._ask(lambda rank: rank.evaluate.remote(*parts), "evaluation", self.deadlines.update_s)
 
     async def canary_sequences(self, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int) -> list[list[int]]:
         """See `LearnerActor.canary_sequences`."""
-        sampling = self._call(lambda actor: actor.canary_sequences.remote(prompts, max_tokens, seed))
-        sequences: list[list[int]] = await self._together(sampling, "canary", self.deadlines.start_s)
-        return sequences
+        arguments = (prompts, max_tokens, seed)
+        return await self._ask(lambda rank: rank.canary_sequences.remote(*arguments), "canary", self.deadlines.start_s)
 
     async def canary(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of tokens 1.. of each sequence under the current weights."""
-        scoring = self._call(lambda actor: actor.canary.remote(sequences))
-        answer: list[list[float]] = await self._together(scoring, "canary", self.deadlines.save_s)
-        return answer
+        return await self._ask(lambda rank: rank.canary.remote(sequences), "canary", self.deadlines.save_s)
 
     async def save(self, directory: Path) -> None:
         """Write policy and optimizer into a folder that all ranks and this process see."""
-        await self._together(self._call(lambda actor: actor.save.remote(directory)), "save", self.deadlines.save_s)
+        await self._ask(lambda rank: rank.save.remote(directory), "save", self.deadlines.save_s)
 
     async def restore(self, directory: Path, version: int) -> None:
         """Take up the optimizer of a checkpoint, and its adapter."""
-        restoring = self._call(lambda actor: actor.restore.remote(directory, version))
-        await self._together(restoring, "restore", self.deadlines.save_s)
+        await self._ask(lambda rank: rank.restore.remote(directory, version), "restore", self.deadlines.save_s)
 
     async def export_policy(self, directory: Path) -> None:
         """Write the policy as a Hugging Face folder, and an adapter beside it."""
-        writing = self._call(lambda actor: actor.export_policy.remote(directory, with_adapter=True))
-        await self._together(writing, "export of the policy", self.deadlines.save_s)
+        phase, deadline_s = "export of the policy", self.deadlines.save_s
+        await self._ask(lambda rank: rank.export_policy.remote(directory, with_adapter=True), phase, deadline_s)
 
-    def _call(self, call: Callable[[Any], Any]) -> list[Any]:
+    async def _ask(self, call: Callable[[Any], Awaitable[Result]], phase: str, deadline_s: float) -> Result:
+        """Call all ranks; the first one's answer, once all have answered."""
+        return await self._together(self._call(call), phase, deadline_s)
+
+    def _call(self, call: Callable[[Any], Awaitable[Result]]) -> list[Awaitable[Result]]:
         """References to the answers of all ranks."""
         return [call(handle.actor) for handle in self._ranks]
 
     def _followers(self) -> list[Any]:
         return [handle.actor.follow.remote() for handle in self._ranks[1:]]
 
-    async def _together(self, references: Sequence[Any], phase: str, deadline_s: float) -> Any:
+    async def _together(self, references: Sequence[Awaitable[Result]], phase: str, deadline_s: float) -> Result:
         """The first rank's answer, once all ranks have answered.
 
         When a rank dies the others fail too, since they wait for it, and often this is seen first. So a failure is given a
@@ -288,16 +179,3 @@ class LearnerHandle(Handle):
         finally:
             for answer in answers:
                 answer.cancel()
-
-
-def spend(used: int, limit: int, key: str, error: BaseException) -> int:
-    """One more restart.
-
-    Raises:
-        RestartBudgetSpent: If there is none left.
-    """
-    if used >= limit:
-        raise RestartBudgetSpent(
-            f"{reason(error)}; {used} of {limit} restarts ({key}) are used", "see the actor's log for the cause"
-        )
-    return used + 1

@@ -19,9 +19,11 @@ from cluster.actors.rollout import RolloutActor, engine_settings
 from cluster.actors.scorer import ScorerActor
 from cluster.actors.weights import Link
 from cluster.capacity.bill import SHARED_GPU
-from cluster.fleet.learner import Deadlines, LearnerHandle, RolloutHandle
+from cluster.fleet.canary import Canary
+from cluster.fleet.learner import Deadlines, LearnerHandle
 from cluster.fleet.publication import FleetHandle
 from cluster.fleet.reservation import Reservation, Say, reserve
+from cluster.fleet.rollout import RolloutHandle
 from cluster.fleet.scorers import ScorerHandle, ScorerPool
 from cluster.spec.config import RunConfig
 
@@ -80,14 +82,13 @@ async def start_workers(
     actors = [new_rollout(cfg, rank, reservation) for rank in range(cfg.rollout.num_actors)]
     await asyncio.gather(learner.ready(), *(s.ready() for s in scorers), *(a.ready() for a in actors))
     prompts = [ticket.prompt.token_ids for ticket in canary]
+    sequences = await learner.canary_sequences(prompts, cfg.rollout.max_model_len - 1, cfg.run.seed)
     fleet = FleetHandle(
         actors,
         create_rollout,
         learner,
         cfg.rollout,
-        cfg.weights,
-        cfg.engine_dtype,
-        await learner.canary_sequences(prompts, cfg.rollout.max_model_len - 1, cfg.run.seed),
+        Canary(sequences, cfg.weights.canary_limits(cfg.engine_dtype), warn),
         Link.of(cfg.weights, cfg.transport, cfg.rollout.num_gpus, cfg.rollout.load_deadline_s),
         warn,
     )

@@ -8,17 +8,18 @@ loads by itself (`StoreDelivery`); over NCCL or CUDA IPC the learner sends to al
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 from align.metrics import Metric
 from cluster.actors.rollout import RolloutConfig
-from cluster.actors.weights import Link, WeightsConfig
+from cluster.actors.weights import Link
 from cluster.faults import ActorLost, WrongWeights, reason
-from cluster.fleet.learner import LearnerHandle, Published, RolloutHandle, spend
+from cluster.fleet.canary import Canary
+from cluster.fleet.handle import spend
+from cluster.fleet.learner import LearnerHandle, Published
+from cluster.fleet.rollout import RolloutHandle
 
 Result = TypeVar("Result")
 
@@ -42,17 +43,17 @@ class StoreDelivery:
 
     Args:
         learner: The learner.
-        canary: The fixed sequences.
+        canary: Its sequences are scored with the weights that are given away.
     """
 
-    def __init__(self, learner: LearnerHandle, canary: list[list[int]]) -> None:
+    def __init__(self, learner: LearnerHandle, canary: Canary) -> None:
         self._learner = learner
         self._canary = canary
         self._published: Published | None = None
 
     async def publish(self, actors: Sequence[RolloutHandle]) -> Published:
         """See `Delivery`."""
-        published = self._published = await self._learner.export(self._canary)
+        published = self._published = await self._learner.export(self._canary.sequences)
         await asyncio.gather(*(self._load(actor, published) for actor in actors))
         return published
 
@@ -74,11 +75,11 @@ class DirectDelivery:
 
     Args:
         learner: The learner.
-        canary: The fixed sequences.
+        canary: Its sequences are scored with the weights that are given away.
         link: How to send.
     """
 
-    def __init__(self, learner: LearnerHandle, canary: list[list[int]], link: Link) -> None:
+    def __init__(self, learner: LearnerHandle, canary: Canary, link: Link) -> None:
         self._learner = learner
         self._canary = canary
         self._link = link
@@ -108,7 +109,7 @@ class DirectDelivery:
     async def _send(self, actors: Sequence[RolloutHandle]) -> Published:
         engines = {actor.rank: actor.actor for actor in actors}
         changed = engines != self._group
-        published = await self._learner.send(self._canary, self._link, engines if changed else None)
+        published = await self._learner.send(self._canary.sequences, self._link, engines if changed else None)
         self._group = engines
         return published
 
@@ -148,11 +149,9 @@ class FleetHandle:
         create: Makes the Ray actor of a rank.
         learner: The learner.
         cfg: Restart budget.
-        weights: Canary.
-        engine_dtype: Type of the engines' weights.
-        canary: The fixed sequences.
+        canary: What every engine is checked with after it has taken weights.
         link: How weights get to the engines, or None for Ray's object store.
-        warn: Told when a canary gap passes the warn limit.
+        warn: Told of every replacement.
     """
 
     def __init__(
@@ -161,9 +160,7 @@ class FleetHandle:
         create: Callable[[int], Any],
         learner: LearnerHandle,
         cfg: RolloutConfig,
-        weights: WeightsConfig,
-        engine_dtype: str,
-        canary: list[list[int]],
+        canary: Canary,
         link: Link | None,
         warn: Callable[[str], None],
     ) -> None:
@@ -171,7 +168,6 @@ class FleetHandle:
         self.num_restarts = 0
         self._create = create
         self._cfg = cfg
-        self._limits = weights.canary_limits(engine_dtype)
         self._canary = canary
         self._delivery: Delivery = DirectDelivery(learner, canary, link) if link else StoreDelivery(learner, canary)
         self._warn = warn
@@ -199,23 +195,10 @@ class FleetHandle:
 
     async def _verify(self, actor: RolloutHandle, published: Published) -> float | None:
         """The canary gap of one actor, or None if it is lost."""
-        measured = await if_there(actor, lambda: actor.canary(self._canary))
+        measured = await if_there(actor, lambda: actor.canary(self._canary.sequences))
         if measured is None:
             return None
-        gap = canary_gap(measured, published.canary)
-        self._check(gap, actor.rank, published.version)
-        return gap
-
-    def _check(self, gap: float, rank: int, version: int) -> None:
-        warn, stop = self._limits
-        message = f"version {version}: rollout {rank} and learner differ by {gap:.2g} nats on the canary"
-        if not gap <= stop:
-            raise WrongWeights(
-                f"{message}; the stop limit is {stop:g}",
-                "the engine does not serve what was published; check the vLLM version against the tested ones",
-            )
-        if gap > warn:
-            self._warn(f"{message} (warn limit {warn:g}, stop limit {stop:g})")
+        return self._canary.check(measured, published.canary, actor.rank, published.version)
 
     async def replace(self, lost: Any, error: BaseException) -> RolloutHandle:
         """A fresh actor of the same rank, which joins after it has loaded and verified published weights.
@@ -247,14 +230,3 @@ class FleetHandle:
             except ActorLost as failed:
                 error = failed
                 fresh.kill()
-
-
-def canary_gap(measured: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
-    """Mean absolute difference in nats over all tokens; a value that is not finite makes it infinite.
-
-    The mean separates a wrong weight from rounding better than the largest difference does: in bfloat16 single tokens
-    differ by half a nat although nothing is wrong, while the mean stays near 0.05.
-    """
-    pairs = list(zip(itertools.chain(*measured), itertools.chain(*expected), strict=True))
-    mean = sum(abs(a - b) for a, b in pairs) / len(pairs)
-    return mean if math.isfinite(mean) else math.inf

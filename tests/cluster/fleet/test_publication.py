@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
@@ -14,8 +12,11 @@ from align.metrics import Metric
 from cluster.actors.rollout import RolloutConfig
 from cluster.actors.weights import Link, WeightsConfig
 from cluster.faults import ActorLost, RestartBudgetSpent, WrongWeights
-from cluster.fleet.learner import Deadlines, LearnerHandle, RolloutHandle
-from cluster.fleet.publication import FleetHandle, canary_gap
+from cluster.fleet.canary import Canary
+from cluster.fleet.learner import Deadlines, LearnerHandle
+from cluster.fleet.publication import FleetHandle
+from cluster.fleet.rollout import RolloutHandle
+from tests.fakes.ray_actors import FakeActor
 
 CANARY = [[1, 2, 3]]
 LINK = Link("nccl", workers_per_engine=1, packed_buffer_bytes=1 << 20, deadline_s=5)
@@ -25,37 +26,6 @@ TRANSPORTS = pytest.mark.parametrize("link", [None, LINK], ids=["object_store", 
 def logprobs_of(version: int) -> list[list[float]]:
     """Different for every version, far above the canary's limits."""
     return [[-1.0 - version, -2.0]]
-
-
-class FakeMethod:
-    """Work that starts when it is called, as Ray's does."""
-
-    def __init__(self, work: Callable[..., Coroutine[Any, Any, Any]], num_returns: int = 1) -> None:
-        self.work = work
-        self.num_returns = num_returns
-
-    def options(self, num_returns: int) -> FakeMethod:
-        return FakeMethod(self.work, num_returns)
-
-    def remote(self, *arguments: Any) -> Any:
-        whole = asyncio.ensure_future(self.work(*arguments))
-        if self.num_returns == 1:
-            return whole
-        return [asyncio.ensure_future(self._part(whole, i)) for i in range(self.num_returns)]
-
-    @staticmethod
-    async def _part(whole: asyncio.Future[Any], i: int) -> Any:
-        return (await whole)[i]
-
-
-class FakeActor:
-    """In place of Ray's handle."""
-
-    def __init__(self, subject: Any) -> None:
-        self.subject = subject
-
-    def __getattr__(self, name: str) -> FakeMethod:
-        return FakeMethod(getattr(self.subject, name))
 
 
 @dataclass(eq=False)
@@ -194,9 +164,7 @@ class World:
             lambda rank: FakeActor(self.spares.pop(0)),
             self.learner_handle,
             cfg,
-            WeightsConfig(),
-            "float32",
-            CANARY,
+            Canary(CANARY, WeightsConfig().canary_limits("float32"), self.warnings.append),
             link,
             self.warnings.append,
         )
@@ -214,7 +182,7 @@ class World:
 def kill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's kill, for the fakes."""
     monkeypatch.setattr(
-        "cluster.fleet.learner.ray.kill", lambda actor, no_restart: setattr(actor.subject, "killed", True)
+        "cluster.fleet.handle.ray.kill", lambda actor, no_restart: setattr(actor.subject, "killed", True)
     )
 
 
@@ -458,8 +426,3 @@ def test_a_lost_learner_is_not_taken_for_a_lost_engine() -> None:
     world.learner.dies = True
     with pytest.raises(ActorLost, match="learner 0"):
         asyncio.run(world.fleet.publish(0))
-
-
-def test_a_canary_that_is_not_finite_is_an_infinite_gap() -> None:
-    assert canary_gap([[-1.0, math.nan]], [[-1.0, -1.0]]) == math.inf
-    assert canary_gap([[-1.0, -2.0], [-1.0]], [[-1.5, -2.0], [-2.0]]) == pytest.approx(0.5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import cluster.fleet.learner
+import cluster.fleet.handle
 from align.algorithm.config import AlgorithmConfig
 from align.data.types import FinishReason, Group, Prompt, Ticket, Trajectory, VersionSpan
 from align.learner.learner import LearnerConfig
@@ -24,17 +24,18 @@ from cluster.actors.scorer import ScorerActor, ScorerConfig, Verdict
 from cluster.faults import RestartBudgetSpent, WrongWeights
 from cluster.loop.loop import run_loop
 from cluster.run.moving_reference import MovingReference, SavedReference
-from tests.cluster.fleet.test_scorers import DEAD, ROLLOUT, FakeActor, Scorers, failed_task, fails, gives, pool
-from tests.cluster.fleet.test_scorers import complete as complete_handles
+from tests.cluster.fleet.test_scorers import ROLLOUT, Scorers, pool
 from tests.cluster.loop.test_loop import World, complete, make_run, trained
 from tests.conftest import random_qwen3
+from tests.fakes.ray_actors import DEAD, FakeActor, failed_task, fails, gives
+from tests.fakes.ray_actors import complete as complete_handles
 
 
 @pytest.fixture(autouse=True)
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Actors that were killed; Ray is not running."""
     actors: list[Any] = []
-    monkeypatch.setattr(cluster.fleet.learner.ray, "kill", lambda actor, no_restart: actors.append(actor))
+    monkeypatch.setattr(cluster.fleet.handle.ray, "kill", lambda actor, no_restart: actors.append(actor))
     return actors
 
 
