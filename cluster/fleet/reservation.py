@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.capacity.bill import places
-from cluster.capacity.remedies import need
+from cluster.capacity.words import need
 from cluster.faults import ResourceError
 from cluster.fleet.session import grows_to
 from cluster.spec.config import RunConfig

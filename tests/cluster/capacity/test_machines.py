@@ -1,13 +1,14 @@
-"""Machines: cluster files, and what of this machine a run may use."""
+"""Machines: cluster files, what a dashboard has seen, and what of this machine a run may use."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 
-from cluster.capacity.machines import ThisMachine, read_cluster
+from cluster.capacity.machines import ThisMachine, read_cluster, with_memory
 from cluster.faults import ConfigError
 
 
@@ -44,3 +45,11 @@ def test_a_cluster_file_that_cannot_be_used_is_named(tmp_path: Path, content: st
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_cluster(path)
+
+
+def test_the_memory_of_machines_is_that_which_the_dashboard_has_seen() -> None:
+    gpus = [{"memoryTotal": 81_559}, {"memoryTotal": 81_920}]
+    summary = {"data": {"summary": [{"raylet": {"nodeId": "a"}, "mem": [2**36, 0], "gpus": gpus}, {"raylet": {}}]}}
+    seen, unseen = with_memory({"a": {"CPU": 8.0, "GPU": 2.0}, "b": {"CPU": 4.0}, "head": {"memory": 1.0}}, summary)
+    assert (seen.cpus, seen.gpus, seen.memory_gib, seen.gpu_memory_gib) == (8, 2, 64, 79.6)
+    assert (unseen.cpus, unseen.memory_gib, unseen.gpu_memory_gib) == (4, math.inf, math.inf)

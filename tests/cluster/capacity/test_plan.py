@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from align.model.adapters import AdapterConfig
-from cluster.capacity.bill import Rates
 from cluster.capacity.machines import Node
 from cluster.capacity.plan import plan
+from cluster.capacity.rates import Rates
 from cluster.faults import ConfigError
 from cluster.spec.shape import model_shape
 from tests.fakes.run_files import config
