@@ -1,4 +1,4 @@
-"""What the tests of handles share: groups, and Ray's kill."""
+"""Ray's kill, for all tests of the room."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 
 from cluster.fleet import handle
+from tests.fakes.ray_actors import FakeActor
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Actors that were killed; Ray is not running."""
     actors: list[Any] = []
-    monkeypatch.setattr(handle.ray, "kill", lambda actor, no_restart: actors.append(actor))
+
+    def kill(actor: FakeActor, no_restart: bool) -> None:
+        actors.append(actor)
+        actor.subject.killed = True
+
+    monkeypatch.setattr(handle.ray, "kill", kill)
     return actors

@@ -22,11 +22,6 @@ ROLLOUT = Rollout(TICKET, oldest_version=3, num_tokens=9, num_stopped=1, payload
 SPAN = Span("rollout", 0, 1.0, 2.0)
 
 
-@pytest.fixture(autouse=True)
-def no_ray(killed: list[Any]) -> None:
-    """Nothing runs that could be killed."""
-
-
 class Scorers:
     """Makes fake scorers; `scripts` says what each new one of a rank does, the last one from then on."""
 
