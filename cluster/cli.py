@@ -104,9 +104,9 @@ def plan(
 
     Processes, memory, batches, staleness, traffic, disk. Starts nothing, reads no weights.
     """
-    from cluster.capacity.bill import read_rates
-    from cluster.capacity.fit import read_cluster
+    from cluster.capacity.machines import read_cluster
     from cluster.capacity.plan import plan as write
+    from cluster.capacity.rates import read_rates
     from cluster.spec.config import load_config
 
     machines = read_cluster(cluster).machines() if cluster else []

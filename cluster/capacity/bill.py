@@ -1,24 +1,32 @@
-"""The bill of a run: processes and their memory, the numbers of a batch, what travels and is stored, the time of a step."""
+"""The bill of a run: its processes, and what each of them needs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from align.learner.optimizer import OptimizerConfig
 from cluster.actors.rollout import CPU_KV_CACHE_BYTES
-from cluster.faults import ConfigError
 from cluster.spec.config import RunConfig
 from cluster.spec.shape import ModelShape, model_shape
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 _ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits, without scores: Korthikanti et al. 2022, table 2
 SHARED_GPU = 0.25  # what learner and engine each ask of Ray when they share a GPU; it limits nothing
 # What Python, torch, vLLM and Ray take before any model, resident, measured in the demo on CPUs (make demo, two cores).
 _PROCESS_BYTES = {"controller": 900 << 20, "learner": 500 << 20, "rollout": 1400 << 20, "scorer": 450 << 20}
+_MADE_OF = {
+    "controller": "the controller, Ray and W&B of one machine",
+    "learner": "weights, gradient, two moments in float32: 16 B x parameters / ranks (with an adapter 4 B, and 16 B x its own; "
+    "moments in 8 bits 2.1 B of the 16, offloaded ones in host memory; taken out of either, those of one matrix in float32; a "
+    "critic 16 B x its own on every rank); on many ranks embeddings, head and one layer whole; activations 34 x tokens x width "
+    "x layers (16-bit; 34 + 2 x layers with activation_checkpointing); logits, at most max_logits_bytes, twice; in host memory "
+    "at times all weights (4 B), on many ranks all moments (8 B)",
+    "rollout": "weights in the engine's type, keys and values of one longest sequence at least; on CPU a staged copy of the "
+    "weights",
+    "scorer": "the reference in float32 (4 B), on CPU a bfloat16 copy where it computes in it (2 B), where it is refreshed the "
+    "first one and the one being read (8 B), logits 4 B x tokens x vocabulary",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,21 @@ class Role:
     formula: str
 
 
+Bill = Callable[[RunConfig], Sequence[Role]]
+"""What the processes of a run need: `roles` with the shapes of its models, or `places`."""
+
+
+def model_shapes(cfg: RunConfig) -> tuple[ModelShape, ModelShape | None, ModelShape | None]:
+    """The shapes of policy, reference and critic, as far as there are any.
+
+    Raises:
+        ConfigError: If a model folder has no config.json.
+    """
+    policy = model_shape(cfg.policy.model, cfg.policy.adapter)
+    reference = model_shape(cfg.reference.model) if cfg.reference else None
+    return policy, reference, critic_shape(cfg)
+
+
 def critic_shape(cfg: RunConfig) -> ModelShape | None:
     """The shape of the critic's trunk, if there is a critic."""
     return None if cfg.critic is None else model_shape(cfg.critic.model or cfg.policy.model)
@@ -49,7 +72,7 @@ def roles(
     cfg: RunConfig, policy: ModelShape, reference: ModelShape | None, critic: ModelShape | None = None
 ) -> list[Role]:
     """Controller, learner, rollout actors and scorers of a run; host memory with what a process takes before any model."""
-    controller = Role("controller", 1, 0, 0, 0, 0, "the controller, Ray and W&B of one machine")
+    controller = Role("controller", 1, 0, 0, 0, 0, _MADE_OF["controller"])
     learner, rollout = _learner(cfg, policy, critic), _rollout(cfg, policy)
     if cfg.transport == "ipc":  # both on one GPU
         both = learner.gpu_bytes + rollout.gpu_bytes
@@ -76,16 +99,14 @@ def places(cfg: RunConfig) -> list[Role]:
 
 
 def _learner(cfg: RunConfig, model: ModelShape, critic: ModelShape | None) -> Role:
-    learner, bytes_each = cfg.learner, _BYTES[cfg.learner_dtype]
+    learner, bytes_each = cfg.learner, BYTES[cfg.learner_dtype]
     tokens, num_ranks = learner.max_tokens_per_micro_batch, learner.num_ranks
     states, host_states = _states(cfg.optimizer, model, num_ranks)
     if cfg.critic is not None and critic is not None:  # whole on every rank
         of_critic = _states(cfg.critic.optimizer, critic, num_ranks=1)
         states, host_states = states + of_critic[0], host_states + of_critic[1]
     adapter = 4 * model.num_adapter_parameters // num_ranks
-    of_layers = _ACTIVATION_BYTES * model.num_layers
-    held = _ACTIVATION_BYTES + 2 * model.num_layers if learner.activation_checkpointing else of_layers
-    activations = held * bytes_each // 2 * tokens * model.hidden_size
+    activations = _held_of_a_token(model, learner.activation_checkpointing) * bytes_each // 2 * tokens
     gathered = _cast_bytes(bytes_each, model.num_parameters) if num_ranks == 1 else _gathered_bytes(bytes_each, model)
     logits = 2 * min(4 * tokens * model.vocab_size, learner.max_logits_bytes)
     total = states + adapter + activations + gathered + logits
@@ -98,12 +119,14 @@ def _learner(cfg: RunConfig, model: ModelShape, critic: ModelShape | None) -> Ro
         learner.num_gpus,
         loaded + host_states if on_gpu else max(total + host_states, loaded),
         total if on_gpu else 0,
-        "weights, gradient, two moments in float32: 16 B x parameters / ranks (with an adapter 4 B, and 16 B x its own; moments "
-        "in 8 bits 2.1 B of the 16, offloaded ones in host memory; taken out of either, those of one matrix in float32; a critic "
-        "16 B x its own on every rank); on many ranks embeddings, head and one layer whole; activations 34 x tokens x width x "
-        "layers (16-bit; 34 + 2 x layers with activation_checkpointing); logits, at most max_logits_bytes, twice; in host memory "
-        "at times all weights (4 B), on many ranks all moments (8 B)",
+        _MADE_OF["learner"],
     )
+
+
+def _held_of_a_token(model: ModelShape, checkpointing: bool) -> int:
+    """Bytes of activations in 16 bits that a token holds for the way back; with checkpointing, of one layer and all inputs."""
+    layers = _ACTIVATION_BYTES + 2 * model.num_layers if checkpointing else _ACTIVATION_BYTES * model.num_layers
+    return layers * model.hidden_size
 
 
 def moment_bytes(cfg: OptimizerConfig, model: ModelShape) -> int:
@@ -138,7 +161,7 @@ def _gathered_bytes(bytes_each: int, model: ModelShape) -> int:
 
 def _rollout(cfg: RunConfig, model: ModelShape) -> Role:
     rollout = cfg.rollout
-    bytes_each = _BYTES[cfg.engine_dtype]
+    bytes_each = BYTES[cfg.engine_dtype]
     shards = max(rollout.num_gpus, 1)
     weights = bytes_each * model.num_parameters // shards
     least_kv = model.kv_bytes_per_token(bytes_each) * rollout.max_model_len // shards
@@ -151,7 +174,7 @@ def _rollout(cfg: RunConfig, model: ModelShape) -> Role:
         rollout.num_gpus,
         bytes_each * model.num_parameters if on_gpu else 2 * weights + kv,
         weights + kv if on_gpu else 0,
-        "weights in the engine's type, keys and values of one longest sequence at least; on CPU a staged copy of the weights",
+        _MADE_OF["rollout"],
     )
 
 
@@ -170,103 +193,5 @@ def _scorer(cfg: RunConfig, model: ModelShape | None) -> Role:
         *processes,
         4 * model.num_parameters if on_gpu else total,
         total if on_gpu else 0,
-        "the reference in float32 (4 B), on CPU a bfloat16 copy where it computes in it (2 B), where it is "
-        "refreshed the first one and the one being read (8 B), logits 4 B x tokens x vocabulary",
+        _MADE_OF["scorer"],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """The numbers of a batch, of staleness and of what travels and is stored.
-
-    Attributes:
-        optimizer_steps: Of one batch.
-        max_micro_batches: Of one rank in a step, if all trajectories are as long as they can be.
-    """
-
-    groups_in_flight: int
-    trajectories_per_step: int
-    max_tokens_per_step: int
-    optimizer_steps: int
-    max_micro_batches: int
-    publish_bytes: int
-    published_bytes_per_step: int
-    checkpoint_bytes: int
-    disk_bytes: int
-
-    @classmethod
-    def of(cls, cfg: RunConfig, model: ModelShape, critic: ModelShape | None = None) -> Arithmetic:
-        """From the run file and the shapes of policy and critic."""
-        trajectories = cfg.run.prompts_per_step * cfg.run.group_size
-        per_row = max(cfg.learner.max_tokens_per_micro_batch // cfg.rollout.max_model_len, 1)
-        minibatches = cfg.algorithm.num_minibatches
-        of_a_rank = math.ceil(math.ceil(trajectories / minibatches) / cfg.learner.num_ranks)
-        optimizer_steps = cfg.algorithm.num_epochs * minibatches
-        published = model.num_trained if cfg.policy.engine_adapter else model.num_parameters
-        publish = _BYTES[cfg.engine_dtype] * published
-        checkpoint = 4 * (model.num_parameters + model.num_adapter_parameters)
-        checkpoint += moment_bytes(cfg.optimizer, model)
-        if cfg.critic is not None and critic is not None:
-            checkpoint += 4 * critic.num_parameters + moment_bytes(cfg.critic.optimizer, critic)
-        return cls(
-            groups_in_flight=(cfg.run.max_staleness + 1) * cfg.run.prompts_per_step,
-            trajectories_per_step=trajectories,
-            max_tokens_per_step=trajectories * cfg.rollout.max_model_len,
-            optimizer_steps=optimizer_steps,
-            max_micro_batches=optimizer_steps * math.ceil(of_a_rank / per_row),
-            publish_bytes=publish,
-            published_bytes_per_step=publish * cfg.rollout.num_actors,
-            checkpoint_bytes=checkpoint,
-            disk_bytes=(cfg.checkpoint.keep + 1) * checkpoint + 4 * model.num_parameters,
-        )
-
-
-class Rates(BaseModel):
-    """Measured rates, for the estimate of a step."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    generate: float = Field(gt=0, description="Completion tokens per second of one rollout actor.")
-    train: float = Field(gt=0, description="Tokens (prompt and completion) per second of the learner.")
-    publish_s: float = Field(0, ge=0, description="Seconds of one publication.")
-    completion: float = Field(gt=0, description="Mean tokens of a completion.")
-    prompt: float = Field(0, ge=0, description="Mean tokens of a prompt.")
-
-
-def read_rates(settings: Sequence[str]) -> Rates:
-    """Rates from `NAME=VALUE` texts.
-
-    Raises:
-        ConfigError: If a name is unknown, a value is no number, or one that is needed is missing.
-    """
-    try:
-        return Rates.model_validate(dict(setting.split("=", 1) for setting in settings))
-    except (ValidationError, ValueError) as error:
-        names = ", ".join(f"{name} ({field.description})" for name, field in Rates.model_fields.items())
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "expected NAME=VALUE"
-        raise ConfigError(f"--rate {' '.join(settings)}: {what}", f"there are: {names}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """Estimated times of a step, in seconds, and the idle shares."""
-
-    generate_s: float
-    update_s: float
-    publish_s: float
-    step_s: float
-    learner_idle: float
-    actors_idle: float
-
-    @classmethod
-    def of(cls, cfg: RunConfig, rates: Rates) -> StepTime:
-        """Generation and update follow each other at staleness 0 and overlap above; a publication stops both.
-
-        `step = generate + update + publish` or `max(generate, update) + publish`; idle share = 1 - own work / step.
-        """
-        trajectories = cfg.run.prompts_per_step * cfg.run.group_size
-        generate = trajectories * rates.completion / (cfg.rollout.num_actors * rates.generate)
-        update = trajectories * (rates.prompt + rates.completion) / rates.train
-        work = max(generate, update) if cfg.run.max_staleness else generate + update
-        step = work + rates.publish_s
-        return cls(generate, update, rates.publish_s, step, 1 - update / step, 1 - generate / step)

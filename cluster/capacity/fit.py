@@ -2,58 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.capacity.bill import Role
-from cluster.faults import ConfigError
-
-
-class Node(BaseModel):
-    """One kind of machine of a cluster file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    count: int = Field(1, ge=1, description="Machines of this kind.")
-    cpus: float = Field(gt=0, description="CPUs of one.")
-    memory_gib: float = Field(gt=0, description="Host memory of one, in GiB.")
-    gpus: int = Field(0, ge=0, description="GPUs of one.")
-    gpu_memory_gib: float = Field(0, ge=0, description="Memory of one GPU, in GiB.")
-
-
-class ClusterFile(BaseModel):
-    """A cluster as a TOML file of `[[nodes]]`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    nodes: tuple[Node, ...] = Field(min_length=1, description="Kinds of machines.")
-
-    def machines(self) -> list[Node]:
-        """Every machine by itself."""
-        return [node.model_copy(update={"count": 1}) for node in self.nodes for _ in range(node.count)]
-
-
-def read_cluster(path: Path) -> ClusterFile:
-    """Read a cluster file.
-
-    Raises:
-        ConfigError: Naming what is wrong in it.
-    """
-    advice = "a cluster file has [[nodes]] with count, cpus, memory_gib, gpus and gpu_memory_gib"
-    try:
-        return ClusterFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"cluster file {path} cannot be read: {error.strerror}", advice) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cluster file {path} is not valid TOML: {error}", advice) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"cluster file {path}: {place}: {first['msg']}", advice) from None
+from cluster.capacity.machines import Node
 
 
 @dataclass(slots=True)

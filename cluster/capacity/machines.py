@@ -1,12 +1,95 @@
-"""The machines of a live cluster, as Ray or its dashboard tells of them."""
+"""Machines: those of a cluster file, of a live cluster as Ray or its dashboard tells of them, and this one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from cluster.capacity.fit import Node
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.faults import ConfigError
+
+
+class Node(BaseModel):
+    """One kind of machine of a cluster file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(1, ge=1, description="Machines of this kind.")
+    cpus: float = Field(gt=0, description="CPUs of one.")
+    memory_gib: float = Field(gt=0, description="Host memory of one, in GiB.")
+    gpus: int = Field(0, ge=0, description="GPUs of one.")
+    gpu_memory_gib: float = Field(0, ge=0, description="Memory of one GPU, in GiB.")
+
+
+class ClusterFile(BaseModel):
+    """A cluster as a TOML file of `[[nodes]]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: tuple[Node, ...] = Field(min_length=1, description="Kinds of machines.")
+
+    def machines(self) -> list[Node]:
+        """Every machine by itself."""
+        return [node.model_copy(update={"count": 1}) for node in self.nodes for _ in range(node.count)]
+
+
+def read_cluster(path: Path) -> ClusterFile:
+    """Read a cluster file.
+
+    Raises:
+        ConfigError: Naming what is wrong in it.
+    """
+    advice = "a cluster file has [[nodes]] with count, cpus, memory_gib, gpus and gpu_memory_gib"
+    try:
+        return ClusterFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"cluster file {path} cannot be read: {error.strerror}", advice) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cluster file {path} is not valid TOML: {error}", advice) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"cluster file {path}: {place}: {first['msg']}", advice) from None
+
+
+@dataclass(frozen=True, slots=True)
+class ThisMachine:
+    """What a Ray of the run's own may use."""
+
+    num_cpus: int
+    num_gpus: int
+    memory_bytes: int
+
+    @classmethod
+    def look(cls) -> ThisMachine:
+        """CPUs that this process may use, GPUs that torch sees, and all of the host's memory."""
+        import torch
+
+        return cls(len(os.sched_getaffinity(0)), torch.cuda.device_count(), psutil.virtual_memory().total)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A live cluster as Ray tells of it, in Ray's words for resources.
+
+    Attributes:
+        address: Under which it was joined.
+        machines: What each machine has that is alive.
+        resources: What all of them have together.
+        grows_to: What an autoscaler may grow it to; empty where there is none.
+    """
+
+    address: str
+    machines: Sequence[Mapping[str, float]]
+    resources: Mapping[str, float]
+    grows_to: Mapping[str, float]
 
 
 def nodes(resources: Iterable[Mapping[str, float]]) -> list[Node]:

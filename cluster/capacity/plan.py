@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cluster.capacity.bill import Arithmetic, Rates, Role, StepTime, critic_shape, roles
-from cluster.capacity.fit import Node
-from cluster.capacity.remedies import check_fit, size
+from cluster.capacity.arithmetic import Arithmetic
+from cluster.capacity.bill import Role, model_shapes, roles
+from cluster.capacity.machines import Node
+from cluster.capacity.rates import Rates, StepTime
+from cluster.capacity.remedies import check_fit
+from cluster.capacity.words import size
 from cluster.spec.config import RunConfig
-from cluster.spec.shape import model_shape
 
 
 def plan(cfg: RunConfig, machines: Sequence[Node], rates: Rates | None) -> str:
@@ -23,9 +25,7 @@ def plan(cfg: RunConfig, machines: Sequence[Node], rates: Rates | None) -> str:
         ConfigError: If a model folder has no config.json.
         ResourceError: If the run can never fit on the machines, with what is missing and what would fit.
     """
-    policy = model_shape(cfg.policy.model, cfg.policy.adapter)
-    reference = model_shape(cfg.reference.model) if cfg.reference else None
-    critic = critic_shape(cfg)
+    policy, reference, critic = model_shapes(cfg)
     needed = roles(cfg, policy, reference, critic)
     lines = [
         f"run          {cfg.run.name}: policy of {policy.num_parameters / 1e6:,.1f} M parameters, {cfg.engine_dtype}"

@@ -20,10 +20,11 @@ from cluster.doctor.storage import run_folder
 from cluster.doctor.verdict import Verdict
 from cluster.doctor.versions import TESTED
 from cluster.faults import ConfigError
-from cluster.fleet.handles import Handle, RolloutHandle
+from cluster.fleet.canary import canary_gap
+from cluster.fleet.handle import Handle
 from cluster.fleet.placement import new_learner, new_rollout, new_scorer
-from cluster.fleet.publication import canary_gap
 from cluster.fleet.reservation import reserve
+from cluster.fleet.rollout import RolloutHandle
 from cluster.fleet.scorers import ScorerHandle
 from cluster.loop.rollout import Rollout
 from cluster.spec.config import RunConfig

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cluster.capacity.machines import ThisMachine
+from cluster.capacity.room import Demand, check_cluster, check_machine
 from cluster.doctor.answers import answers
 from cluster.doctor.machine import machine
 from cluster.doctor.storage import disk, shared
@@ -25,10 +27,10 @@ def examine(cfg: RunConfig | None, *, quick: bool, say: Callable[[str], None]) -
         quick: Leave out what starts an engine.
         say: Told of what takes long.
     """
-    on_cluster = cluster_address() is not None
-    if not on_cluster:
+    address = cluster_address()
+    if address is None:
         yield from checked("machine", machine)
-    yield from checked("Ray's token", token)
+    yield from checked("Ray's token", lambda: token(address))
     inputs: Inputs | None = None
     if cfg is not None:
         loaded: list[Inputs] = []
@@ -37,8 +39,8 @@ def examine(cfg: RunConfig | None, *, quick: bool, say: Callable[[str], None]) -
         yield from checked("W&B", lambda: _wandb(cfg))
     if cfg is not None and inputs is not None:
         yield from of_the_run(cfg, inputs)
-    if on_cluster or (inputs and not quick):
-        yield from checked("Ray", lambda: _with_ray(cfg, inputs, quick, say))
+    if address is not None or (inputs and not quick):
+        yield from checked("Ray", lambda: _with_ray(cfg, inputs, address, quick, say))
 
 
 def of_the_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
@@ -49,23 +51,24 @@ def of_the_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
 
 
 def _with_ray(
-    cfg: RunConfig | None, inputs: Inputs | None, quick: bool, say: Callable[[str], None]
+    cfg: RunConfig | None, inputs: Inputs | None, address: str | None, quick: bool, say: Callable[[str], None]
 ) -> Iterator[Verdict]:
     """What takes a Ray: the nodes of a cluster, and the processes of a run."""
-    if (address := cluster_address()) is None:
+    if address is None:
         os.environ.update(closed_ray())
     elif address.startswith("http"):
         advice = (
             f"HOST:6379 on a machine of the cluster; from outside: ray job submit --address {address} -- align doctor"
         )
         raise ResourceError(f"{address} is a dashboard, which runs nothing on the nodes", advice)
-    from cluster.fleet.placement import ray_session
+    from cluster.fleet.session import ray_session
 
-    with ray_session(None, inputs.weights_bytes if inputs else 0):
-        yield from on_the_nodes(cfg)
+    with ray_session(address, inputs.weights_bytes if inputs else 0):
+        if address is not None:
+            yield from on_the_nodes(cfg)
         if cfg is None or inputs is None:
             return
-        room = list(checked("room", lambda: _room(cfg, inputs)))
+        room = list(checked("room", lambda: _room(cfg, inputs, address)))
         yield from room
         if not quick and all(verdict.state == "ok" for verdict in room):
             from cluster.doctor.agreement import agreement
@@ -74,20 +77,18 @@ def _with_ray(
             yield from checked("agreement", lambda: agreement(cfg, inputs.train, say))
 
 
-def before_a_run(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
+def before_a_run(cfg: RunConfig, inputs: Inputs, address: str | None) -> Iterator[Verdict]:
     """The short examination: this machine, unless a cluster takes the run, and what the run file names. Under a second."""
-    if cluster_address() is None:
+    if address is None:
         yield from checked("machine", machine)
-    yield from checked("Ray's token", token)
+    yield from checked("Ray's token", lambda: token(address))
     yield from of_the_run(cfg, inputs)
 
 
 def on_the_nodes(cfg: RunConfig | None) -> Iterator[Verdict]:
-    """Every node of the cluster that was joined; nothing for a Ray of the run's own, which is this machine alone."""
+    """Every node of the cluster that was joined."""
     from cluster.doctor.nodes import nodes
 
-    if cluster_address() is None:
-        return
     if cfg is None:
         yield from nodes(None)
     else:
@@ -95,9 +96,8 @@ def on_the_nodes(cfg: RunConfig | None) -> Iterator[Verdict]:
             yield from nodes(storage)
 
 
-def token() -> Iterator[Verdict]:
+def token(address: str | None) -> Iterator[Verdict]:
     """Whether strangers are kept out of the cluster, and the token to oneself."""
-    address = cluster_address()
     if address is None:
         yield Verdict("Ray's token", "ok", "no cluster named; a local Ray gets a token of its own")
         return
@@ -132,13 +132,13 @@ def _wandb(cfg: RunConfig) -> Iterator[Verdict]:
     yield Verdict.of("W&B", not warnings, warnings[0] if warnings else found, fix, "warn")
 
 
-def _room(cfg: RunConfig, inputs: Inputs) -> Iterator[Verdict]:
+def _room(cfg: RunConfig, inputs: Inputs, address: str | None) -> Iterator[Verdict]:
     """Whether the run ever fits; `align plan` says more."""
-    from cluster.fleet.placement import Demand, check_cluster, check_machine
+    from cluster.fleet.session import joined
 
-    if address := cluster_address():
-        check_cluster(cfg, address)
+    if address is None:
+        check_machine(cfg, inputs.weights_bytes, ThisMachine.look())
     else:
-        check_machine(cfg, inputs.weights_bytes)
+        check_cluster(cfg, joined(address))
     demand = Demand.of(cfg)
     yield Verdict("room", "ok", f"for the {demand.num_cpus:g} CPUs and {demand.num_gpus:g} GPUs of the run")

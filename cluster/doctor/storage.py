@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.capacity.bill import Arithmetic, critic_shape
+from cluster.capacity.arithmetic import Arithmetic
+from cluster.capacity.bill import critic_shape
 from cluster.doctor.verdict import Verdict
 from cluster.spec.config import RunConfig
 from cluster.spec.shape import model_shape

@@ -1,143 +1,21 @@
-"""All rollout actors, and how new weights reach them: verified, within deadlines, and again after a loss.
-
-One publication is the same whatever the transport: the learner gives its weights away, every engine takes them, and a canary
-compares what engine and learner make of a few fixed sequences. Only the taking differs: from Ray's object store every actor
-loads by itself (`StoreDelivery`); over NCCL or CUDA IPC the learner sends to all of them at once (`DirectDelivery`).
-"""
+"""All rollout actors, and the publication to them: delivered, verified with a canary, and again after a loss."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from align.metrics import Metric
 from cluster.actors.rollout import RolloutConfig
-from cluster.actors.weights import Link, WeightsConfig
+from cluster.actors.weights import Link
 from cluster.faults import ActorLost, WrongWeights, reason
-from cluster.fleet.handles import LearnerHandle, Published, RolloutHandle, spend
-
-Result = TypeVar("Result")
-
-
-class Delivery(Protocol):
-    """A way for weights to reach the engines. Actors that are lost on the way are marked and left out."""
-
-    async def publish(self, actors: Sequence[RolloutHandle]) -> Published:
-        """Bring the learner's current weights to these actors."""
-        ...
-
-    async def supply(
-        self, fresh: RolloutHandle, others: Sequence[RolloutHandle]
-    ) -> tuple[Sequence[RolloutHandle], Published]:
-        """Bring published weights to a new actor; returns who got them, and the weights."""
-        ...
-
-
-class StoreDelivery:
-    """Through Ray's object store, where the published weights stay for replacements.
-
-    Args:
-        learner: The learner.
-        canary: The fixed sequences.
-    """
-
-    def __init__(self, learner: LearnerHandle, canary: list[list[int]]) -> None:
-        self._learner = learner
-        self._canary = canary
-        self._published: Published | None = None
-
-    async def publish(self, actors: Sequence[RolloutHandle]) -> Published:
-        """See `Delivery`."""
-        published = self._published = await self._learner.export(self._canary)
-        await asyncio.gather(*(self._load(actor, published) for actor in actors))
-        return published
-
-    async def supply(
-        self, fresh: RolloutHandle, others: Sequence[RolloutHandle]
-    ) -> tuple[Sequence[RolloutHandle], Published]:
-        """See `Delivery`; the others keep what they have."""
-        if self._published is None:
-            return [fresh, *others], await self.publish([fresh, *others])
-        await self._load(fresh, self._published)
-        return [fresh], self._published
-
-    async def _load(self, actor: RolloutHandle, published: Published) -> None:
-        await if_there(actor, lambda: actor.load(published.exported, published.version))
-
-
-class DirectDelivery:
-    """From the learner's GPU to those of the engines, over a group that is formed again whenever the fleet changes.
-
-    Args:
-        learner: The learner.
-        canary: The fixed sequences.
-        link: How to send.
-    """
-
-    def __init__(self, learner: LearnerHandle, canary: list[list[int]], link: Link) -> None:
-        self._learner = learner
-        self._canary = canary
-        self._link = link
-        self._group: dict[int, Any] | None = None
-
-    async def publish(self, actors: Sequence[RolloutHandle]) -> Published:
-        """See `Delivery`. After a loss on the way the weights are sent again, to those that are left."""
-        while True:
-            there = [actor for actor in actors if not actor.lost]
-            try:
-                published = await self._send(there)
-                break
-            except ActorLost as error:
-                if error.role == self._learner.role:
-                    raise
-                self._group = None
-                await self._settle(there, error)
-        await asyncio.gather(*(self._commit(actor, published) for actor in there))
-        return published
-
-    async def supply(
-        self, fresh: RolloutHandle, others: Sequence[RolloutHandle]
-    ) -> tuple[Sequence[RolloutHandle], Published]:
-        """See `Delivery`; all get the learner's current weights, which are one version ahead if an update has just ended."""
-        return [fresh, *others], await self.publish([fresh, *others])
-
-    async def _send(self, actors: Sequence[RolloutHandle]) -> Published:
-        engines = {actor.rank: actor.actor for actor in actors}
-        changed = engines != self._group
-        published = await self._learner.send(self._canary, self._link, engines if changed else None)
-        self._group = engines
-        return published
-
-    async def _settle(self, actors: Sequence[RolloutHandle], error: ActorLost) -> None:
-        """After a transfer that broke off: only actors whose old weights are whole stay.
-
-        The others are ended at once, since their engines stand still in the middle of an update.
-        """
-        for actor in actors:
-            if actor.rank == error.rank:
-                actor.lost = error
-        await asyncio.gather(*(if_there(actor, actor.abandon_update) for actor in actors))
-        for actor in actors:
-            if actor.lost:
-                actor.kill()
-
-    async def _commit(self, actor: RolloutHandle, published: Published) -> None:
-        await if_there(actor, lambda: actor.commit(published.version, published.fingerprint))
-
-
-async def if_there(actor: RolloutHandle, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result | None:
-    """The result of the work, or None if the actor is lost. Its rollout loop replaces it."""
-    if actor.lost:
-        return None
-    try:
-        return await work()
-    except ActorLost as error:
-        actor.lost = error
-        return None
+from cluster.fleet.canary import Canary
+from cluster.fleet.delivery import Delivery, DirectDelivery, StoreDelivery, if_there
+from cluster.fleet.handle import spend
+from cluster.fleet.learner import LearnerHandle, Published
+from cluster.fleet.rollout import RolloutHandle
 
 
 class FleetHandle:
@@ -148,11 +26,9 @@ class FleetHandle:
         create: Makes the Ray actor of a rank.
         learner: The learner.
         cfg: Restart budget.
-        weights: Canary.
-        engine_dtype: Type of the engines' weights.
-        canary: The fixed sequences.
+        canary: What every engine is checked with after it has taken weights.
         link: How weights get to the engines, or None for Ray's object store.
-        warn: Told when a canary gap passes the warn limit.
+        warn: Told of every replacement.
     """
 
     def __init__(
@@ -161,9 +37,7 @@ class FleetHandle:
         create: Callable[[int], Any],
         learner: LearnerHandle,
         cfg: RolloutConfig,
-        weights: WeightsConfig,
-        engine_dtype: str,
-        canary: list[list[int]],
+        canary: Canary,
         link: Link | None,
         warn: Callable[[str], None],
     ) -> None:
@@ -171,7 +45,6 @@ class FleetHandle:
         self.num_restarts = 0
         self._create = create
         self._cfg = cfg
-        self._limits = weights.canary_limits(engine_dtype)
         self._canary = canary
         self._delivery: Delivery = DirectDelivery(learner, canary, link) if link else StoreDelivery(learner, canary)
         self._warn = warn
@@ -199,23 +72,10 @@ class FleetHandle:
 
     async def _verify(self, actor: RolloutHandle, published: Published) -> float | None:
         """The canary gap of one actor, or None if it is lost."""
-        measured = await if_there(actor, lambda: actor.canary(self._canary))
+        measured = await if_there(actor, lambda: actor.canary(self._canary.sequences))
         if measured is None:
             return None
-        gap = canary_gap(measured, published.canary)
-        self._check(gap, actor.rank, published.version)
-        return gap
-
-    def _check(self, gap: float, rank: int, version: int) -> None:
-        warn, stop = self._limits
-        message = f"version {version}: rollout {rank} and learner differ by {gap:.2g} nats on the canary"
-        if not gap <= stop:
-            raise WrongWeights(
-                f"{message}; the stop limit is {stop:g}",
-                "the engine does not serve what was published; check the vLLM version against the tested ones",
-            )
-        if gap > warn:
-            self._warn(f"{message} (warn limit {warn:g}, stop limit {stop:g})")
+        return self._canary.check(measured, published.canary, actor.rank, published.version)
 
     async def replace(self, lost: Any, error: BaseException) -> RolloutHandle:
         """A fresh actor of the same rank, which joins after it has loaded and verified published weights.
@@ -247,14 +107,3 @@ class FleetHandle:
             except ActorLost as failed:
                 error = failed
                 fresh.kill()
-
-
-def canary_gap(measured: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
-    """Mean absolute difference in nats over all tokens; a value that is not finite makes it infinite.
-
-    The mean separates a wrong weight from rounding better than the largest difference does: in bfloat16 single tokens
-    differ by half a nat although nothing is wrong, while the mean stays near 0.05.
-    """
-    pairs = list(zip(itertools.chain(*measured), itertools.chain(*expected), strict=True))
-    mean = sum(abs(a - b) for a, b in pairs) / len(pairs)
-    return mean if math.isfinite(mean) else math.inf

@@ -12,8 +12,9 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.capacity.bill import places
-from cluster.capacity.remedies import need
+from cluster.capacity.words import need
 from cluster.faults import ResourceError
+from cluster.fleet.session import grows_to
 from cluster.spec.config import RunConfig
 
 _PROGRESS_S = 30.0
@@ -104,11 +105,6 @@ async def reserve(cfg: RunConfig, say: Say, warn: Say) -> Reservation:
     reservation = Reservation(cfg, grows=bool(grows_to()))
     await reservation.taken(cfg.deadlines.room_s, say, warn)
     return reservation
-
-
-def grows_to() -> Mapping[str, float]:
-    """What an autoscaler may grow the cluster to, which is not public in Ray; empty where there is none."""
-    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
 def _holders() -> str:

@@ -13,7 +13,7 @@ from align.data.types import Prompt
 from align.metrics import Metric
 from cluster.actors.scorer import ScorerConfig, Verdict
 from cluster.faults import ActorLost, WrongWeights, reason
-from cluster.fleet.handles import Handle, spend
+from cluster.fleet.handle import Handle, spend
 from cluster.loop.rollout import Rollout
 from cluster.loop.saved_reference import SavedReference
 from cluster.loop.span import Span
@@ -65,8 +65,7 @@ class ScorerHandle(Handle):
     async def sample(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[str]:
         """What the reference itself answers."""
         answers = self.actor.sample.remote(prompts, max_tokens, seed)
-        texts: list[str] = await self.answer(answers, "sampling", self.cfg.score_deadline_s)
-        return texts
+        return await self.answer(answers, "sampling", self.cfg.score_deadline_s)
 
 
 class ScorerPool:

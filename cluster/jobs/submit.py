@@ -9,18 +9,15 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.capacity.bill import Role, critic_shape, places, roles
-from cluster.capacity.machines import is_fixed, nodes, with_memory
-from cluster.capacity.remedies import Bill, check_fit
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
+from cluster.jobs.room import check_room
 from cluster.jobs.upload import RUN_FILE, stage
 from cluster.record.sinks.wandb.identity import known_run_id
 from cluster.spec.config import RunConfig
-from cluster.spec.shape import model_shape
 
 STOP_GRACE_S = 120
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -97,35 +94,8 @@ class Jobs:
             )
 
     def check_room(self, cfg: RunConfig, driver: Mapping[str, float]) -> str:
-        """Whether the run can ever fit, by CPUs and GPUs, before anything is uploaded; and by memory, as far as it is known.
-
-        Args:
-            cfg: The run.
-            driver: Resources that the driver asks for.
-
-        Returns:
-            What the user should know, or nothing.
-
-        Raises:
-            ResourceError: If it never can, with what is missing and changes that would fit.
-        """
-        found = self._get("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
-        there = {node["node_id"]: node["resources_total"] for node in found if node["state"] == "ALIVE"}
-        where = f"of the cluster at {self.address}"
-        needed = Role("driver", 1, driver.get("CPU", 0), driver.get("GPU", 0), 0, 0, "")
-        try:
-            _check_named(driver, there.values())
-            check_fit(cfg, lambda other: [needed, *places(other)], nodes(there.values()), where)
-        except ResourceError as error:
-            if is_fixed(self._get("/api/cluster_status")):
-                raise
-            return f"{error.message}; the cluster may grow, so the job goes there and finds out"
-        try:
-            if bill := _bill_with_memory(cfg):
-                check_fit(cfg, bill, with_memory(there, self._get("/nodes?view=summary")), where)
-        except ResourceError as error:  # an estimate, by which nothing is refused
-            return f"by the bill of align plan memory is short: {error.message}\n             -> {error.advice}"
-        return ""
+        """See `room.check_room`."""
+        return check_room(cfg, driver, self._get, self.address)
 
     def submit(self, cfg: RunConfig, job_id: str | None = None, driver: Mapping[str, float] | None = None) -> str:
         """Upload what the run needs and start it; returns the job's id. Resubmitted with the same run.dir, it resumes.
@@ -310,27 +280,6 @@ def read_resources(settings: list[str]) -> dict[str, float]:
         raise ConfigError(
             f"--driver-resources {' '.join(settings)}: expected NAME=AMOUNT", "e.g. --driver-resources CPU=1"
         ) from None
-
-
-def _bill_with_memory(cfg: RunConfig) -> Bill | None:
-    """What the run needs, memory too; None if its models are not seen from here."""
-    folders = [section.model for section in (cfg.policy, cfg.reference, cfg.critic) if section and section.model]
-    if not all((folder / "config.json").is_file() for folder in folders):
-        return None
-    policy = model_shape(cfg.policy.model, cfg.policy.adapter)
-    reference = model_shape(cfg.reference.model) if cfg.reference else None
-    critic = critic_shape(cfg)
-    return lambda other: roles(other, policy, reference, critic)
-
-
-def _check_named(wanted: Mapping[str, float], there: Iterable[Mapping[str, float]]) -> None:
-    """Raise ResourceError if no machine offers a resource that has a name of its own."""
-    for name, amount in wanted.items():
-        if name not in ("CPU", "GPU") and not any(machine.get(name, 0) >= amount for machine in there):
-            raise ResourceError(
-                f"no machine of the cluster offers {name}={amount:g} to the driver",
-                f"""start one with: ray start … --resources='{{"{name}": {amount:g}}}', or leave --driver-resources out""",
-            )
 
 
 def _refused(error: Exception, address: str) -> Exception:

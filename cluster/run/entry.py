@@ -8,6 +8,9 @@ import time
 import traceback
 
 from align.rewards.kinds import reads_reference
+from cluster.capacity.machines import ThisMachine
+from cluster.capacity.room import check_cluster, check_machine
+from cluster.doctor.examination import before_a_run, on_the_nodes
 from cluster.doctor.verdict import require
 from cluster.faults import INTERRUPTED, RunError
 from cluster.fleet.address import closed_ray, cluster_address
@@ -26,24 +29,7 @@ def train(cfg: RunConfig) -> int:
     started = time.monotonic()
     console = Console(cfg.run.steps, pays_outcomes=not reads_reference(cfg.reward))
     try:
-        inputs = load_inputs(cfg)
-        online = check_online(cfg.wandb, console.warn)
-        if cluster_address() is None:
-            os.environ.update(closed_ray())
-        from cluster.doctor.examination import before_a_run, on_the_nodes
-        from cluster.fleet.placement import check_machine, ray_session
-        from cluster.run.run import Training
-
-        if cluster_address() is None:
-            check_machine(cfg, inputs.weights_bytes)
-        require(before_a_run(cfg, inputs), console.warn)
-        config = resolved(cfg)
-        folder = RunFolder(RunFolder.default_path(config), config)
-        _announce(cfg, inputs, folder, console)
-        with folder.lock(), MemoryMeter() as memory, ray_session(cfg, inputs.weights_bytes) as session:
-            require(on_the_nodes(cfg), console.warn)
-            folder.write_environment({"ray_session": session, "dtype": cfg.engine_dtype})
-            return asyncio.run(Training(cfg, inputs, folder, console, memory, started, online).run())
+        return _train(cfg, console, started)
     except RunError as error:
         console.close()
         console.say(f"error {redact(str(error))}")
@@ -56,6 +42,28 @@ def train(cfg: RunConfig) -> int:
         console.close()
         console.say(redact(traceback.format_exc()))
         return 1
+
+
+def _train(cfg: RunConfig, console: Console, started: float) -> int:
+    """Each check is asked once, on the way down: inputs, W&B, this machine, what the run names; a cluster once it is joined."""
+    inputs = load_inputs(cfg)
+    online = check_online(cfg.wandb, console.warn)
+    if (address := cluster_address()) is None:
+        os.environ.update(closed_ray())
+        check_machine(cfg, inputs.weights_bytes, ThisMachine.look())
+    require(before_a_run(cfg, inputs, address), console.warn)
+    from cluster.fleet.session import joined, ray_session  # only now: Ray reads the environment when it is imported
+    from cluster.run.run import Training
+
+    config = resolved(cfg)
+    folder = RunFolder(RunFolder.default_path(config), config)
+    _announce(cfg, inputs, folder, console)
+    with folder.lock(), MemoryMeter() as memory, ray_session(address, inputs.weights_bytes) as session:
+        if address is not None:
+            check_cluster(cfg, joined(address))
+            require(on_the_nodes(cfg), console.warn)
+        folder.write_environment({"ray_session": session, "dtype": cfg.engine_dtype})
+        return asyncio.run(Training(cfg, inputs, folder, console, memory, started, online).run())
 
 
 def _announce(cfg: RunConfig, inputs: Inputs, folder: RunFolder, console: Console) -> None:

@@ -73,7 +73,9 @@ class Training:
         """From the newest checkpoint to the last step; the workers end with it."""
         cfg, path = self._cfg, self._path
         progress = Progress(cfg, path, self._inputs.train)
-        workers = await start_workers(cfg, path, progress.policy, progress.canary, self._console)
+        workers = await start_workers(
+            cfg, path, progress.policy, progress.canary, self._console.say, self._console.warn
+        )
         learner = workers.learner
         load, folder = workers.scorers.load_reference, path / "reference"
         reference = MovingReference(folder, cfg.refresh_every, learner.export_reference, load)

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from cluster.fleet.placement import Demand
+from cluster.capacity.room import Demand
 from cluster.spec.config import load_config
 from tests.deploy.kustomize import Object, apply, build
 from tests.deploy.operator import cluster_spec, groups, problems

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.capacity.bill import roles
-from cluster.capacity.fit import read_cluster
+from cluster.capacity.machines import read_cluster
 from cluster.capacity.plan import plan
 from cluster.capacity.remedies import check_fit
 from cluster.faults import ResourceError

@@ -241,7 +241,7 @@ async def prefix_cache(engine: Any, weights: Weights) -> dict[str, Any]:
 async def stale_head(settings: Any, weights: Weights) -> dict[str, Any]:
     """An engine that does not pack its tied head again: the fingerprint matches, the canary does not."""
     from cluster.actors.engine.engine import Engine
-    from cluster.fleet.publication import canary_gap
+    from cluster.fleet.canary import canary_gap
     from tests.integration.traps import TrapSettings
 
     plain = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}

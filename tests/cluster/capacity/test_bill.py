@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from align.data.packing import pack
-from align.learner.epochs import minibatches
-from align.learner.shares import passes
-from align.model.ranks import Ranks
-from cluster.capacity.bill import SHARED_GPU, Arithmetic, Rates, Role, StepTime, places, read_rates, roles
-from cluster.faults import ConfigError
+from cluster.capacity.arithmetic import Arithmetic
+from cluster.capacity.bill import SHARED_GPU, Role, places, roles
 from cluster.spec.shape import ModelShape
 from tests.fakes.run_files import config
 
@@ -141,86 +135,3 @@ def test_a_reference_that_computes_in_bfloat16_on_a_cpu_is_there_twice() -> None
     assert moving - bill(**CPU, **sections)["scorer"].host_bytes == 8 * 1000
     halves = bill(rollout={"dtype": "bfloat16"}, **sections)["scorer"].host_bytes
     assert halves - bill(**CPU, **sections)["scorer"].host_bytes == 2 * 1000
-
-
-def test_the_numbers_of_a_batch_follow_from_the_run_file() -> None:
-    numbers = Arithmetic.of(
-        config(
-            run={"prompts_per_step": 6, "group_size": 4, "max_staleness": 2},
-            rollout={"dtype": "bfloat16", "max_model_len": 100, "num_actors": 3},
-            sampling={"max_tokens": 10},
-            learner={"max_tokens_per_micro_batch": 250},
-            checkpoint={"keep": 2},
-        ),
-        SHAPE,
-    )
-    assert numbers.groups_in_flight == 18
-    assert numbers.trajectories_per_step == 24
-    assert numbers.max_tokens_per_step == 2400
-    assert numbers.max_micro_batches == 12
-    assert (numbers.publish_bytes, numbers.published_bytes_per_step) == (2000, 6000)
-    assert numbers.checkpoint_bytes == 12_000
-    assert numbers.disk_bytes == 3 * 12_000 + 4000
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "algorithm", "expected"),
-    [
-        (1, {}, 12),  # two trajectories in each
-        (2, {}, 6),
-        (5, {}, 3),  # the first ranks have 5 of the 24
-        (2, {"num_epochs": 2, "num_minibatches": 3}, 2 * 3 * 2),  # 4 of 8 on a rank
-    ],
-)
-def test_micro_batches_are_those_of_a_rank_in_all_optimizer_steps(
-    num_ranks: int, algorithm: dict[str, object], expected: int
-) -> None:
-    """Counted as the learner cuts a batch of trajectories that are all as long as they can be."""
-    cfg = config(
-        run={"prompts_per_step": 6, "group_size": 4},
-        rollout={"max_model_len": 100},
-        sampling={"max_tokens": 10},
-        learner={"max_tokens_per_micro_batch": 250, "num_ranks": num_ranks},
-        algorithm=algorithm,
-    )
-    numbers = Arithmetic.of(cfg, SHAPE)
-    counted = 0
-    for rows in minibatches(24, cfg.algorithm.num_epochs, cfg.algorithm.num_minibatches, version=0):
-        counted += len(list(passes(Ranks(0, num_ranks), [100] * len(rows), lambda lengths: pack(lengths, 250))))
-    assert numbers.max_micro_batches == counted == expected
-    assert numbers.optimizer_steps == cfg.algorithm.num_epochs * cfg.algorithm.num_minibatches
-
-
-RATES = Rates(generate=100, train=400, publish_s=1, completion=50, prompt=50)
-
-
-def test_on_policy_the_phases_of_a_step_follow_each_other() -> None:
-    time = StepTime.of(config(run={"prompts_per_step": 8}), RATES)
-    assert (time.generate_s, time.update_s, time.step_s) == (4, 2, 7)
-    assert time.learner_idle == pytest.approx(5 / 7)
-    assert time.actors_idle == pytest.approx(3 / 7)
-
-
-def test_with_staleness_generation_and_update_overlap() -> None:
-    time = StepTime.of(config(run={"prompts_per_step": 8, "max_staleness": 1}), RATES)
-    assert time.step_s == 5
-
-
-def test_more_actors_divide_the_time_of_generation_alone() -> None:
-    time = StepTime.of(config(run={"prompts_per_step": 8}, rollout={"num_actors": 2}), RATES)
-    assert (time.generate_s, time.update_s) == (2, 2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["generate=1"], "Field required"),
-        (["generate=1", "train=1", "completion=zwei"], "valid number"),
-        (["generate=1", "train=1", "completion=1", "speed=3"], "not permitted"),
-        (["generate"], "NAME=VALUE"),
-    ],
-)
-def test_rates_that_cannot_be_used_are_refused_with_those_that_there_are(settings: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
-        read_rates(settings)
-    assert "publish_s (Seconds of one publication.)" in error.value.advice

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.capacity.bill import Role
-from cluster.capacity.fit import Node, read_cluster, unplaced
-from cluster.faults import ConfigError
+from cluster.capacity.fit import unplaced
+from cluster.capacity.machines import Node
 
 GIB = 2**30
 EIGHT_GPUS = Node(cpus=64, memory_gib=512, gpus=8, gpu_memory_gib=80)
@@ -65,28 +63,3 @@ def test_what_is_placed_never_exceeds_what_is_there(wanted: list[tuple[int, int,
     placed = [(n.count - missing.get(n.name, 0), n) for n in needed]
     assert sum(count * n.cpus for count, n in placed) <= 8 * num_machines
     assert sum(count * n.gpus for count, n in placed) <= 4 * num_machines
-
-
-def test_a_cluster_file_lists_kinds_of_machines(tmp_path: Path) -> None:
-    path = tmp_path / "cluster.toml"
-    path.write_text("[[nodes]]\ncount = 3\ncpus = 8\nmemory_gib = 32\n[[nodes]]\ncpus = 4\nmemory_gib = 16\ngpus = 1\n")
-    machines = read_cluster(path).machines()
-    assert [(m.cpus, m.gpus) for m in machines] == [(8, 0), (8, 0), (8, 0), (4, 1)]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("nodes = 3", "nodes"),
-        ("[[nodes]]\ncpus = 0\nmemory_gib = 1", "nodes.0.cpus"),
-        ("[[nodes]]\ncpus = 1\nmemory_gib = 1\ngpu = 3", "nodes.0.gpu"),
-        ("[[nodes", "not valid TOML"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_cluster_file_that_cannot_be_used_is_named(tmp_path: Path, content: str | None, message: str) -> None:
-    path = tmp_path / "cluster.toml"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        read_cluster(path)

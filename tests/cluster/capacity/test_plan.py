@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoConfig
 
 from align.model.adapters import AdapterConfig
-from cluster.capacity.bill import Rates
-from cluster.capacity.fit import Node
+from cluster.capacity.machines import Node
 from cluster.capacity.plan import plan
+from cluster.capacity.rates import Rates
 from cluster.faults import ConfigError
 from cluster.spec.shape import model_shape
 from tests.fakes.models import config_folder

@@ -88,7 +88,7 @@ def test_shared_memory_that_is_too_small_fails_where_gpus_need_it(monkeypatch: p
 
 
 def test_the_short_examination_before_a_run_has_the_same_verdicts_and_asks_nobody_else(cfg: RunConfig) -> None:
-    short = list(before_a_run(cfg, load_inputs(cfg)))
+    short = list(before_a_run(cfg, load_inputs(cfg), None))
     items = {verdict.item for verdict in short}
     assert {*TESTED, "interface", "disk", "tokenizer", "reward"} <= items
     assert not items & {"W&B", "inputs", "agreement"}, "those are looked at by the run itself"
@@ -129,13 +129,13 @@ def test_as_json_every_verdict_is_an_object() -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.fleet import placement
+    from cluster.fleet import session
 
     def init(**_: object) -> None:
         raise ConnectionError("nobody answers")
 
     monkeypatch.setenv("RAY_ADDRESS", "")  # the command sets it; this puts it back
-    monkeypatch.setattr(placement.ray, "init", init)
+    monkeypatch.setattr(session.ray, "init", init)
     result = CliRunner().invoke(app, ["doctor", "--address", "10.0.0.7:6379"])
     assert result.exit_code == 3
     assert "fail Ray            could not join the cluster at 10.0.0.7:6379: nobody answers" in result.output
@@ -156,12 +156,11 @@ def test_the_address_of_a_dashboard_is_refused_with_the_way_to_look_at_a_cluster
 def test_a_cluster_without_a_token_and_a_token_that_others_may_read_are_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look() -> Verdict:
-        (verdict,) = checked("Ray's token", token)
+    def look(address: str | None = "10.0.0.7:6379") -> Verdict:
+        (verdict,) = checked("Ray's token", lambda: token(address))
         return verdict
 
-    assert look().found == "no cluster named; a local Ray gets a token of its own"
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    assert look(None).found == "no cluster named; a local Ray gets a token of its own"
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     assert (look().state, look().fix.split()[1]) == ("warn", "RAY_AUTH_MODE=token")
     path = tmp_path / ".ray" / "auth_token"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import Any
 import pytest
 import requests
 
-from cluster.capacity.machines import with_memory
 from cluster.faults import ClusterAway, ConfigError, ResourceError, RunError
 from cluster.jobs import submit
 from cluster.jobs.follow import advice, follow
 from cluster.jobs.submit import Jobs, read_resources, within
-from tests.fakes.models import config_folder
 from tests.fakes.run_files import config
 
 GONE = RuntimeError("Request failed with status code 404: Job demo does not exist.")
@@ -323,69 +320,3 @@ def test_a_job_that_has_not_started_is_dropped_by_ending_what_waits_for_its_plac
     assert jobs_of(client).stop("demo") == "FAILED"
     assert client.stopped == [], "Ray would say yes and do nothing"
     assert "_ray_internal_job_actor_demo" in client.submitted[0]["entrypoint"]
-
-
-# --- room ----------------------------------------------------------------------------------------------------------
-
-FIXED = {"data": {"clusterStatus": {"autoscalerReport": {"nodeTypeMapping": {NODE: f"node_{NODE}"}}}}}
-GROWING: dict[str, Any] = {
-    "of named types": {"data": {"clusterStatus": {"autoscalerReport": {"nodeTypeMapping": {NODE: "gpu.large"}}}}},
-    "of which the monitor says nothing": {"data": {"clusterStatus": None}},
-}
-
-
-def pages(status: Any, *resources: dict[str, float]) -> dict[str, Any]:
-    names = (NODE, *"bcdefgh")
-    found = [{"node_id": n, "state": "ALIVE", "resources_total": r} for n, r in zip(names, resources, strict=False)]
-    found.append({"node_id": "gone", "state": "DEAD", "resources_total": {"CPU": 99.0, "GPU": 99.0}})
-    return {"/api/v0/nodes?limit=10000": {"data": {"result": {"result": found}}}, "/api/cluster_status": status}
-
-
-def test_a_run_that_fits_is_let_through_without_a_word() -> None:
-    client = FakeClient(pages=pages(FIXED, {"CPU": 2.0}))
-    assert jobs_of(client).check_room(config(), {}) == ""
-
-
-def test_a_run_that_never_fits_is_refused_before_anything_is_uploaded() -> None:
-    client = FakeClient(pages=pages(FIXED, {"CPU": 2.0, "memory": 1e9}, {"memory": 1e9}))
-    with pytest.raises(ResourceError) as caught:
-        jobs_of(client).check_room(config(rollout={"num_actors": 4}), {})
-    assert caught.value.exit_code == 3
-    assert "no room for 3 of rollout (1 CPUs); the only machine of the cluster at http://c:8265" in caught.value.message
-    assert caught.value.advice == "would fit: --set rollout.num_actors=1, or 2 more machines with 2 CPUs, no GPUs"
-    assert client.submitted == []
-
-
-def test_the_driver_needs_room_too() -> None:
-    jobs = jobs_of(FakeClient(pages=pages(FIXED, {"CPU": 2.0})))
-    with pytest.raises(ResourceError, match="no room for 1 of rollout"):
-        jobs.check_room(config(), {"CPU": 1})
-    with pytest.raises(ResourceError, match="no machine of the cluster offers driver=1 to the driver"):
-        jobs.check_room(config(), {"driver": 1})
-    jobs_of(FakeClient(pages=pages(FIXED, {"CPU": 2.0, "driver": 1.0}))).check_room(config(), {"driver": 1})
-
-
-@pytest.mark.parametrize("status", GROWING.values(), ids=GROWING)
-def test_a_cluster_that_may_grow_is_not_refused_but_told_of(status: Any) -> None:
-    jobs = jobs_of(FakeClient(pages=pages(status, {"CPU": 1.0})))
-    assert "the cluster may grow" in jobs.check_room(config(), {})
-
-
-def test_memory_that_is_short_by_the_bill_is_told_and_nothing_is_refused(tmp_path: Path) -> None:
-    """Three layers of a small model take hundreds of MiB with their processes; the machine has one."""
-    model = config_folder(tmp_path)
-    cfg = config(policy={"model": model}, reference={"model": model})
-    found = pages(FIXED, {"CPU": 2.0})
-    seen = {"raylet": {"nodeId": NODE}, "mem": [2**20, 0, 0, 0], "gpus": []}
-    found["/nodes?view=summary"] = {"data": {"summary": [seen]}}
-    assert "memory is short: no room for 1 of" in jobs_of(FakeClient(pages=found)).check_room(cfg, {})
-    seen["mem"] = [2**40, 0, 0, 0]
-    assert jobs_of(FakeClient(pages=found)).check_room(cfg, {}) == ""
-
-
-def test_the_memory_of_machines_is_that_which_the_dashboard_has_seen() -> None:
-    gpus = [{"memoryTotal": 81_559}, {"memoryTotal": 81_920}]
-    summary = {"data": {"summary": [{"raylet": {"nodeId": "a"}, "mem": [2**36, 0], "gpus": gpus}, {"raylet": {}}]}}
-    seen, unseen = with_memory({"a": {"CPU": 8.0, "GPU": 2.0}, "b": {"CPU": 4.0}, "head": {"memory": 1.0}}, summary)
-    assert (seen.cpus, seen.gpus, seen.memory_gib, seen.gpu_memory_gib) == (8, 2, 64, 79.6)
-    assert (unseen.cpus, unseen.memory_gib, unseen.gpu_memory_gib) == (4, math.inf, math.inf)

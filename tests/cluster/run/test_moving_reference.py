@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import cluster.fleet.handles
+import cluster.fleet.handle
 from align.algorithm.config import AlgorithmConfig
 from align.data.sampling import PLAIN
 from align.data.types import FinishReason, Group, Prompt, Ticket, Trajectory, VersionSpan
@@ -26,17 +26,18 @@ from cluster.faults import RestartBudgetSpent, WrongWeights
 from cluster.loop.loop import run_loop
 from cluster.loop.saved_reference import SavedReference
 from cluster.run.moving_reference import MovingReference
-from tests.cluster.fleet.test_handles import DEAD, ROLLOUT, FakeActor, Scorers, failed_task, fails, gives, pool
-from tests.cluster.fleet.test_handles import complete as complete_handles
+from tests.cluster.fleet.test_scorers import ROLLOUT, Scorers, pool
 from tests.fakes.loop import World, complete, make_run, trained
 from tests.fakes.models import random_qwen3
+from tests.fakes.ray_actors import DEAD, FakeActor, failed_task, fails, gives
+from tests.fakes.ray_actors import complete as complete_handles
 
 
 @pytest.fixture(autouse=True)
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Actors that were killed; Ray is not running."""
     actors: list[Any] = []
-    monkeypatch.setattr(cluster.fleet.handles.ray, "kill", lambda actor, no_restart: actors.append(actor))
+    monkeypatch.setattr(cluster.fleet.handle.ray, "kill", lambda actor, no_restart: actors.append(actor))
     return actors
 
 
