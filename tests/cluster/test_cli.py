@@ -219,6 +219,6 @@ def test_a_run_whose_inputs_are_missing_ends_with_exit_code_2_before_anything_st
     assert exit_of_main(monkeypatch, "train", write(tmp_path / "run.toml")) == 2
     captured = capsys.readouterr()
     assert captured.out.startswith("error [CONFIG] ")
-    assert "models/policy" in captured.out
+    assert "absent/policy" in captured.out
     assert captured.err == ""
     assert os.listdir(tmp_path) == ["run.toml"], "no run folder was made"

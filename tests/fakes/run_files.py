@@ -15,8 +15,8 @@ from cluster.spec.config import RunConfig, load_config
 
 LEAST: dict[str, Any] = {
     "run": {"steps": 3, "prompts_per_step": 2},
-    "policy": {"model": "models/policy"},
-    "reference": {"model": "models/reference"},
+    "policy": {"model": "absent/policy"},
+    "reference": {"model": "absent/reference"},
     "prompts": {"files": ["prompts.jsonl"]},
 }
 

@@ -115,7 +115,7 @@ def test_what_the_run_file_names_and_is_not_there_fails_the_command(tmp_path: Pa
     path = write(tmp_path / "run.toml", wandb={"mode": "offline"})
     result = CliRunner().invoke(app, ["doctor", str(path)])
     assert result.exit_code == 2
-    assert "fail inputs         model folder models/policy does not exist" in result.output
+    assert "fail inputs         model folder absent/policy does not exist" in result.output
     assert "make one with `align models --help`" in result.output
     assert "Traceback" not in result.output
 

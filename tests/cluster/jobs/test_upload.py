@@ -18,7 +18,7 @@ from tests.places import REPOSITORY
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to submit from, with models, prompts, and much that is nobody's business."""
     folder = tmp_path / "home"
-    for model in ("models/policy", "models/reference"):
+    for model in ("absent/policy", "absent/reference"):
         (folder / model).mkdir(parents=True)
         (folder / model / "model.safetensors").write_bytes(b"weights")
     (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n')
@@ -38,7 +38,7 @@ def staged(cfg: RunConfig, folder: Path) -> set[str]:
 
 def test_only_what_the_run_names_is_taken_along(home: Path, tmp_path: Path) -> None:
     found = staged(config(run={"dir": "/shared/run"}), tmp_path / "job")
-    models = {"models/policy/model.safetensors", "models/reference/model.safetensors"}
+    models = {"absent/policy/model.safetensors", "absent/reference/model.safetensors"}
     assert found == {RUN_FILE, "prompts.jsonl", *models}
 
 
@@ -88,7 +88,7 @@ def test_what_a_job_could_not_find_is_refused(home: Path, tmp_path: Path, sectio
         staged(cfg, tmp_path / "job")
 
 
-@pytest.mark.parametrize("large", ["models/policy/model.safetensors", "prompts.jsonl"])
+@pytest.mark.parametrize("large", ["absent/policy/model.safetensors", "prompts.jsonl"])
 def test_what_is_large_is_not_sent_over_the_wire(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str
 ) -> None:
@@ -108,4 +108,4 @@ def test_what_lies_around_beside_a_model_is_left_out(home: Path, tmp_path: Path)
     (folder / ".gitignore").write_text("*.safetensors")
     (folder / ".env").write_text("WANDB_API_KEY=secret")
     found = staged(config(run={"dir": "/shared/run"}), tmp_path / "job")
-    assert {path for path in found if path.startswith("models/policy")} == {"models/policy/model.safetensors"}
+    assert {path for path in found if path.startswith("absent/policy")} == {"absent/policy/model.safetensors"}

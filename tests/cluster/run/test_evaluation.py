@@ -16,7 +16,7 @@ from cluster.faults import ActorLost, RestartBudgetSpent
 from cluster.fleet.placement import Workers
 from cluster.loop.answer import Answer
 from cluster.loop.rollout import Rollout
-from cluster.record.figures import Samples
+from cluster.record.samples import Samples
 from cluster.run.evaluation import Evaluator, fixed_tickets, metrics_of
 from cluster.spec.config import RunConfig
 from cluster.spec.inputs import Inputs

@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 from align.metrics import Metric
 from cluster.loop.answer import Answer
 from cluster.loop.buffer import Buffer
-from cluster.record.figures import Samples
+from cluster.record.samples import Samples
 from cluster.record.sinks.console import Console
 from cluster.run.evaluation import Evaluator
 from cluster.run.memory import MemoryMeter

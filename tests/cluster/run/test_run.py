@@ -21,6 +21,7 @@ from cluster.record.folder import RunFolder
 from cluster.record.sinks.console import Console
 from cluster.run.memory import MemoryMeter
 from cluster.run.run import Training
+from cluster.spec.config import resolved
 from cluster.spec.inputs import Inputs
 from tests.fakes.loop import PROMPTS, World
 from tests.fakes.run_files import config, write
@@ -52,8 +53,8 @@ class Process:
             checkpoint={"every": 3},
             evaluation={"every": 2},
         )
-        folder = RunFolder(path, cfg)
-        folder.write_environment(cfg, {"ray_session": "/nowhere"})
+        folder = RunFolder(path, resolved(cfg))
+        folder.write_environment({"ray_session": "/nowhere"})
         console = Console(4, RichConsole(file=self.output, width=400, soft_wrap=True))
         inputs = Inputs(PROMPTS[:4], PROMPTS[4:], 0, 100, 1)
         self._training = Training(cfg, inputs, folder, console, MemoryMeter(), time.monotonic(), online=False)
@@ -164,6 +165,7 @@ from align.metrics import Metric
 from cluster.spec.config import load_config, resolved
 from cluster.faults import ActorLost
 from cluster.record.folder import RunFolder
+from cluster.spec.config import resolved
 from cluster.spec.inputs import Inputs
 from cluster.record.sinks.console import Console
 from cluster.run.run import Training

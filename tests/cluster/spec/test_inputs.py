@@ -315,7 +315,7 @@ def test_equal_vocabularies_pass_whatever_their_order() -> None:
 def test_a_token_that_means_something_else_to_the_reference_is_named(reference: dict[str, int], expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
         check_vocabularies(fake_model("policy", a=0, b=1, c=2), fake_model("reference", **reference))
-    assert "policy models/policy and reference models/reference" in str(caught.value)
+    assert "policy absent/policy and reference absent/reference" in str(caught.value)
 
 
 def test_models_with_other_vocabularies_are_refused(cfg: RunConfig, model_folder: Path, tmp_path: Path) -> None:
