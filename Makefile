@@ -3,6 +3,7 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v)))
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOCK := deploy/requirements/cpu.txt
+TASKS := deploy/requirements/tasks.txt
 # CPU builds of torch come from a folder that pip is told of, if it has one, else from PyTorch's CPU index.
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(wildcard $(LINKS)/torch-*+cpu-*.whl),--find-links $(LINKS),--torch-backend cpu)
@@ -50,10 +51,15 @@ browser:
 	  test "$$(id -u)" = 0 && apt-get -q update && apt-get -qy install --no-install-recommends chromium chromium-driver; \
 	} || echo "no browser for the tests of pages; as root: apt-get install chromium chromium-driver"
 
-test: setup browser
+# The extra `tasks` (reasoning-gym), which compiles one of its packages; where it cannot, its tests are skipped.
+$(VENV)/.tasks: $(TASKS) | setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(TASKS) && touch $@ || \
+	  echo "no reasoning-gym for its tests: it needs a C compiler and Python's headers"
+
+test: setup browser $(VENV)/.tasks
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: setup browser
+test-long: setup browser $(VENV)/.tasks
 	$(BIN)/python -m pytest -m long
 
 test-fast: setup

@@ -25,6 +25,8 @@ TOPICS = {
     "align/learner/test_parts.py": "parts of the objective by way of the learner",
     "align/learner/test_ranks.py": "the learner on the ranks of model/ranks.py",
     "align/model/test_families.py": "every family of models through all of the room",
+    "cluster/record/sinks/wandb/test_record.py": "all sinks of W&B over the processes of a run",
+    "cluster/spec/test_choices.py": "what the settings of a run say of their choices",
     "align/model/test_residuals.py": "what a backward pass keeps",
 }
 """Test files whose name is a topic and not a file of code."""

@@ -9,8 +9,8 @@ from align.learner.epochs import minibatches
 from align.learner.shares import passes
 from align.model.ranks import Ranks
 from cluster.capacity.arithmetic import Arithmetic
-from tests.cluster.capacity.test_bill import SHAPE
 from tests.fakes.run_files import config
+from tests.fakes.shapes import SHAPE
 
 
 def test_the_numbers_of_a_batch_follow_from_the_run_file() -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from cluster.capacity.arithmetic import Arithmetic
 from cluster.capacity.bill import SHARED_GPU, Role, places, roles
-from cluster.spec.shape import ModelShape
 from tests.fakes.run_files import config
+from tests.fakes.shapes import SHAPE
 
-SHAPE = ModelShape(num_parameters=1000, num_layers=2, hidden_size=8, vocab_size=50, num_kv_heads=2, head_dim=4)
 CPU = {"rollout": {"dtype": "float32"}}
 
 

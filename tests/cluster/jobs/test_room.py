@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.faults import ResourceError
-from tests.cluster.jobs.test_submit import NODE, FakeClient, jobs_of
+from tests.fakes.jobs import NODE, FakeClient, jobs_of
 from tests.fakes.models import config_folder
 from tests.fakes.run_files import config
 

@@ -43,11 +43,11 @@ def test_only_what_the_run_names_is_taken_along(home: Path, tmp_path: Path) -> N
 
 
 def test_the_model_that_a_critic_starts_from_is_taken_along(home: Path, tmp_path: Path) -> None:
-    (home / "models/critic").mkdir()
-    (home / "models/critic" / "model.safetensors").write_bytes(b"weights")
-    critic = {"model": "models/critic", "optimizer": {"lr": 1e-4}}
+    (home / "absent/critic").mkdir()
+    (home / "absent/critic" / "model.safetensors").write_bytes(b"weights")
+    critic = {"model": "absent/critic", "optimizer": {"lr": 1e-4}}
     cfg = config(run={"dir": "/shared/run"}, algorithm={"name": "ppo"}, critic=critic)
-    assert "models/critic/model.safetensors" in staged(cfg, tmp_path / "job")
+    assert "absent/critic/model.safetensors" in staged(cfg, tmp_path / "job")
 
 
 def test_the_code_that_submits_is_the_code_that_runs(home: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_is_large_is_not_sent_over_the_wire(
 
 def test_what_lies_around_beside_a_model_is_left_out(home: Path, tmp_path: Path) -> None:
     """A cloned folder has .git; a .gitignore would make Ray leave the weights out."""
-    folder = home / "models" / "policy"
+    folder = home / "absent" / "policy"
     (folder / ".git").mkdir()
     (folder / ".git" / "pack").write_bytes(b"history")
     (folder / ".gitignore").write_text("*.safetensors")

@@ -26,11 +26,11 @@ from cluster.faults import RestartBudgetSpent, WrongWeights
 from cluster.loop.loop import run_loop
 from cluster.loop.saved_reference import SavedReference
 from cluster.run.moving_reference import MovingReference
-from tests.cluster.fleet.test_scorers import ROLLOUT, Scorers, pool
 from tests.fakes.loop import World, complete, make_run, trained
 from tests.fakes.models import random_qwen3
 from tests.fakes.ray_actors import DEAD, FakeActor, failed_task, fails, gives
 from tests.fakes.ray_actors import complete as complete_handles
+from tests.fakes.scorers import ROLLOUT, Scorers, pool
 
 
 @pytest.fixture(autouse=True)

@@ -59,9 +59,11 @@ class Process:
         inputs = Inputs(PROMPTS[:4], PROMPTS[4:], 0, 100, 1)
         self._training = Training(cfg, inputs, folder, console, MemoryMeter(), time.monotonic(), online=False)
 
-    async def _start_workers(self, cfg: Any, path: Path, policy: Path, canary: Any, console: Console) -> FakeWorkers:
+    async def _start_workers(
+        self, cfg: Any, path: Path, policy: Path, canary: Any, say: Callable[[str], None], warn: Any
+    ) -> FakeWorkers:
         self.policy = policy
-        console.say("workers start")
+        say("workers start")
         return FakeWorkers(self.world)
 
     def run(self) -> int:

@@ -28,7 +28,7 @@ class FakeTokenizer:
 
 
 def fake_model(role: str, **vocab: int) -> Model:
-    return Model(role, Path("models") / role, config=None, tokenizer=FakeTokenizer(**vocab))
+    return Model(role, Path("absent") / role, config=None, tokenizer=FakeTokenizer(**vocab))
 
 
 @pytest.fixture
