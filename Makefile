@@ -56,14 +56,14 @@ $(VENV)/.tasks: $(TASKS) | setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(TASKS) && touch $@ || \
 	  echo "no reasoning-gym for its tests: it needs a C compiler and Python's headers"
 
-test: setup browser $(VENV)/.tasks
-	$(BIN)/python -m pytest -m "not long"
+test: test-fast browser
+	$(BIN)/python -m pytest -m "integration and not long"
 
 test-long: setup browser $(VENV)/.tasks
 	$(BIN)/python -m pytest -m long
 
-test-fast: setup
-	$(BIN)/python -m pytest -m "not integration"
+test-fast: setup $(VENV)/.tasks
+	$(BIN)/python -m pytest -m "not integration" --numprocesses 2 --dist loadfile
 
 bench-head: setup
 	$(BIN)/python -m tests.bench.head
