@@ -207,7 +207,7 @@ def divide_by_group_std(
 ) -> Tensor:
     """`A_bt / (std_g + epsilon)` with the unbiased standard deviation of the outcomes of the row's group.
 
-    A group whose spread is only rounding (`std <= 1e-6 * max|R|`), or that has one row, gives exactly 0. With that guard no
+    A group whose spread is only rounding (`std <= ROUNDING * max|R|`), or that has one row, gives exactly 0. With that guard no
     epsilon is needed; it is there to meet implementations that add one.
 
     Args:
@@ -236,7 +236,7 @@ def divide_by_batch_std(advantages: Tensor, mask: Tensor) -> Tensor:
     """`A_bt / std`, with the unbiased standard deviation over the trajectories of the batch of their first action's advantage.
 
     For advantages that are constant along a trajectory that is the spread of the trajectories' advantages, each counted once
-    whatever its length (`whiten` counts tokens, and centres). A spread that is only rounding (`std <= 1e-6 * max|A|`) gives
+    whatever its length (`whiten` counts tokens, and centres). A spread that is only rounding (`std <= ROUNDING * max|A|`) gives
     exactly 0.
 
     Returns:
@@ -258,7 +258,7 @@ def group_relative_steps(
     """Process rewards against those of the group: `(R_bt - mean_g) / (std_g + epsilon)` at step ends, 0 elsewhere.
 
     Mean and unbiased standard deviation run over the rewards of all steps of all trajectories of the row's group. A group whose
-    spread is only rounding (`std <= 1e-6 * max|R|`), or that has one step, gives exactly 0. The advantage of a token is the sum
+    spread is only rounding (`std <= ROUNDING * max|R|`), or that has one step, gives exactly 0. A token's advantage is the sum
     of what comes at and after it (`reward_to_go`).
 
     Args:
@@ -321,7 +321,7 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over all actions of the batch.
 
     `A' = (A - mean) / std` with the unbiased variance. A constant input gives exactly 0: a spread that is only rounding
-    (`std <= 1e-6 * max|A|`) counts as none, since dividing by it would blow the rounding up.
+    (`std <= ROUNDING * max|A|`) counts as none, since dividing by it would blow the rounding up.
 
     Returns:
         [B, T], 0 outside the mask.

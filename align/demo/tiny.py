@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from align.demo import language as world
+from align.demo import language
 from align.digests import file_sha256
 
 END_TOKEN = "<|end|>"
@@ -130,7 +130,7 @@ def _put_in_place(partial: Path, directory: Path) -> None:
 
 
 def _write(directory: Path, seed: int, steps: int, say: Callable[[str], None]) -> None:
-    split = world.prompts(seed)
+    split = language.prompts(seed)
     _write_prompts(directory / "prompts", "train", split.train)
     _write_prompts(directory / "prompts", "heldout", split.heldout)
     tokenizer = _train_tokenizer(seed)
@@ -171,13 +171,13 @@ def _write_manifest(directory: Path, facts: dict[str, int | str]) -> None:
 def _clean_texts(seed: int) -> Iterator[str]:
     rng = random.Random(f"clean-{seed}")
     while True:
-        yield world.sentence(rng)
+        yield language.sentence(rng)
 
 
 def _corrupted_texts(seed: int) -> Iterator[str]:
     rng = random.Random(f"corrupted-{seed}")
     while True:
-        yield world.corrupt(world.sentence(rng), rng)
+        yield language.corrupt(language.sentence(rng), rng)
 
 
 def _train_tokenizer(seed: int) -> PreTrainedTokenizerFast:

@@ -57,7 +57,7 @@ class LearnerActor:
     """Holds the learner, or one rank of it. A plain class; `placement.py` makes it a Ray actor.
 
     Of several ranks all `join`, and then all are called for everything, in the same order, since each of their forward
-    passes waits for the others. What only the first can do (`export`, `send`) the others `follow`.
+    passes waits for the others. What only the first can do (`export`, `send`) the others `help_gather`.
 
     Args:
         model: Hugging Face folder of the initial policy, or of a checkpoint.
@@ -153,7 +153,7 @@ class LearnerActor:
         self.policy.shard(join(meeting, rank, num_ranks, address=address, device=self.device, timeout_s=timeout_s))
         self.learner = self._new_learner()
 
-    def follow(self) -> None:
+    def help_gather(self) -> None:
         """Take part in what the first rank gathers for `export` or `send`, until it is done with it."""
         self.policy.help_gather()
 
@@ -198,7 +198,7 @@ class LearnerActor:
 
     @contextlib.contextmanager
     def _leading(self) -> Iterator[None]:
-        """The other ranks follow until the end of the block, however it comes."""
+        """The other ranks help until the end of the block, however it comes."""
         try:
             yield
         finally:

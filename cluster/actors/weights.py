@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from align.choices import choices
+from align.model.precision import DTYPES
 from align.rules import Rule
 from cluster.faults import TrainingDiverged
 
@@ -208,7 +209,7 @@ class WireWeights:
     ) -> None:
         self._named_weights = named_weights
         self._named_shapes = named_shapes
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype: torch.dtype = DTYPES[dtype]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self._named_weights():
@@ -266,7 +267,7 @@ def export_weights(named_weights: Iterable[tuple[str, Tensor]], version: int, dt
     Raises:
         TrainingDiverged: If a weight is not finite: such weights are never published.
     """
-    wire = {name: weight.to(device="cpu", dtype=getattr(torch, dtype)).contiguous() for name, weight in named_weights}
+    wire = {name: weight.to(device="cpu", dtype=DTYPES[dtype]).contiguous() for name, weight in named_weights}
     digest, _ = inspect(wire.items(), version)
     arrays = {name: (w.view(torch.uint16) if dtype == "bfloat16" else w).numpy() for name, w in wire.items()}
     return ExportedWeights(version, digest, arrays, dtype)

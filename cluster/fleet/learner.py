@@ -81,7 +81,7 @@ class LearnerHandle(Handle):
     async def export(self, canary: Sequence[Sequence[int]]) -> Published:
         """Put the current weights into Ray's object store, and score the canary with them."""
         exported, summary = self.actor.export.options(num_returns=2).remote()
-        exporting = [summary, *self._followers()]
+        exporting = [summary, *self._helping()]
         scored = self._call(lambda rank: rank.canary.remote(canary))
         num_bytes, version = await self._together(exporting, "export of the weights", self.deadlines.save_s)
         expected = await self._together(scored, "canary", self.deadlines.save_s)
@@ -102,7 +102,7 @@ class LearnerHandle(Handle):
             ActorLost: If the learner, or an engine (see its role), was lost.
         """
         connecting = None if regroup is None else self.actor.connect.remote(regroup, link)
-        sending = [self.actor.send.remote(), *self._followers()]
+        sending = [self.actor.send.remote(), *self._helping()]
         scored = self._call(lambda rank: rank.canary.remote(canary))
         if connecting is not None:
             await self.answer(connecting, "connect", self.deadlines.update_s + 2 * link.deadline_s)
@@ -114,7 +114,7 @@ class LearnerHandle(Handle):
     async def export_reference(self, directory: Path) -> str:
         """Write the policy as a Hugging Face folder, for the scorers; returns the fingerprint of its weights in float32."""
         writing = self._call(lambda rank: rank.export_policy.remote(directory))
-        inspecting = [self.actor.fingerprint.remote(), *self._followers()]
+        inspecting = [self.actor.fingerprint.remote(), *self._helping()]
         await self._together(writing, "export of the reference", self.deadlines.save_s)
         return await self._together(inspecting, "fingerprint", self.deadlines.save_s)
 
@@ -153,8 +153,8 @@ class LearnerHandle(Handle):
         """References to the answers of all ranks."""
         return [call(handle.actor) for handle in self._ranks]
 
-    def _followers(self) -> list[Any]:
-        return [handle.actor.follow.remote() for handle in self._ranks[1:]]
+    def _helping(self) -> list[Any]:
+        return [handle.actor.help_gather.remote() for handle in self._ranks[1:]]
 
     async def _together(self, references: Sequence[Awaitable[Result]], phase: str, deadline_s: float) -> Result:
         """The first rank's answer, once all ranks have answered.

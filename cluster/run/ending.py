@@ -16,11 +16,13 @@ from cluster.run.recording import Recording
 from cluster.spec.config import RunConfig
 from cluster.views.report import verdict, write_report
 
-Status = Literal["finished", "stopped", "failed"]
+EndStatus = Literal["finished", "stopped", "failed"]
 """How a run ended: after its last step; before it, by an interrupt; by an error."""
 
 
-def write_end(cfg: RunConfig, recording: Recording, console: Console, status: Status, error: Exception | None) -> None:
+def write_end(
+    cfg: RunConfig, recording: Recording, console: Console, status: EndStatus, error: Exception | None
+) -> None:
     """Close the record, write summary.json and report.html, and say where everything is.
 
     Blocks, while W&B uploads what is left: for a thread.
@@ -51,7 +53,7 @@ def write_end(cfg: RunConfig, recording: Recording, console: Console, status: St
     console.say(how_to_look(path, report, status, recording.in_wandb()))
 
 
-def how_to_look(path: Path, report: Path, status: Status, in_wandb: str) -> str:
+def how_to_look(path: Path, report: Path, status: EndStatus, in_wandb: str) -> str:
     """What the run folder holds, a line each, and how to look at it; how to resume a run that did not finish."""
     lines = [
         ("report", f"open {report} in a browser"),

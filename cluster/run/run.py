@@ -12,7 +12,7 @@ from cluster.loop.loop import Run, run_loop
 from cluster.loop.rollout import Rollout
 from cluster.record.folder import RunFolder
 from cluster.record.sinks.console import Console
-from cluster.run.ending import Status, write_end
+from cluster.run.ending import EndStatus, write_end
 from cluster.run.evaluation import Evaluator
 from cluster.run.interrupts import Interrupts
 from cluster.run.memory import MemoryMeter
@@ -53,7 +53,7 @@ class Training:
 
     async def run(self) -> int:
         """Train, and write the end of the run whatever happens; see `train` for the exit code."""
-        status: Status = "failed"
+        status: EndStatus = "failed"
         error: Exception | None = None
         try:
             self._interrupts.listen()
@@ -69,7 +69,7 @@ class Training:
             raise error
         return 0 if status == "finished" else INTERRUPTED
 
-    async def _train(self) -> Status:
+    async def _train(self) -> EndStatus:
         """From the newest checkpoint to the last step; the workers end with it."""
         cfg, path = self._cfg, self._path
         progress = Progress(cfg, path, self._inputs.train)
@@ -87,7 +87,7 @@ class Training:
         finally:
             await workers.shutdown()
 
-    async def _steps(self, progress: Progress, workers: Workers, reference: MovingReference) -> Status:
+    async def _steps(self, progress: Progress, workers: Workers, reference: MovingReference) -> EndStatus:
         """Evaluate, train step after step, and keep what came out."""
         cfg, recording, learner = self._cfg, self.recording, workers.learner
         self._console.say(f"ready after  {time.monotonic() - recording.started:.0f} s")

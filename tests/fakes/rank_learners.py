@@ -38,7 +38,7 @@ def weights(learner: Learner) -> Arrays:
 
 
 def gathered(learner: Learner, publish: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Arrays:
-    """What the first rank publishes while the others follow."""
+    """What the first rank publishes while the others help to gather it."""
     ranks = learner.policy.ranks
     if not ranks.first:
         learner.policy.help_gather()

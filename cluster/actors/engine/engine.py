@@ -1,4 +1,4 @@
-"""vLLM, and the only package that imports it: generate with log-probabilities, load weights or adapters, stamp versions.
+"""vLLM, which this room alone imports: generate with log-probabilities, load weights or adapters, stamp versions.
 
 Works with vLLM 0.26 to 0.32. The differences are two: 0.32 reports the weight version of every token itself
 (`CompletionOutput.weight_versions`), for 0.26 the engine counts tokens at each load; and `finish_weight_update` takes no

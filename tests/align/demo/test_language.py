@@ -4,24 +4,24 @@ import random
 
 import pytest
 
-from align.demo import language as world
+from align.demo import language
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_generated_sentence_is_accepted_and_keeps_its_length_limits(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(1000):
-        text = world.sentence(rng)
+        text = language.sentence(rng)
         words = text.split(" ")
-        assert world.is_grammatical(text), text
+        assert language.is_grammatical(text), text
         assert words[-1] == "."
-        assert world.MIN_WORDS <= len(words) - 1 <= world.MAX_WORDS
+        assert language.MIN_WORDS <= len(words) - 1 <= language.MAX_WORDS
 
 
 def test_the_generator_uses_every_word_and_every_construction() -> None:
     rng = random.Random(0)
-    texts = [world.sentence(rng) for _ in range(3000)]
-    assert {word for text in texts for word in text.split()} == set(world.VOCABULARY)
+    texts = [language.sentence(rng) for _ in range(3000)]
+    assert {word for text in texts for word in text.split()} == set(language.VOCABULARY)
     openings = {tuple(text.split()[:3]) for text in texts}
     assert any(words[2] == "that" for words in openings)
     assert any(text.count(" and ") == 2 for text in texts)
@@ -40,7 +40,7 @@ def test_the_generator_uses_every_word_and_every_construction() -> None:
     ],
 )
 def test_hand_written_good_sentences_are_accepted(text: str) -> None:
-    assert world.is_grammatical(text)
+    assert language.is_grammatical(text)
 
 
 _BROKEN = [
@@ -94,30 +94,30 @@ _BROKEN = [
 
 @pytest.mark.parametrize(("text", "rule"), _BROKEN)
 def test_hand_written_bad_sentences_are_rejected(text: str, rule: str) -> None:
-    assert not world.is_grammatical(text), rule
+    assert not language.is_grammatical(text), rule
 
 
 def test_the_broken_sentences_use_known_words_so_that_each_breaks_its_own_rule() -> None:
     used = {word for text, _ in _BROKEN for word in text.split()}
-    assert used - set(world.VOCABULARY) == {"sleeps.", "The", "meows"}
+    assert used - set(language.VOCABULARY) == {"sleeps.", "The", "meows"}
 
 
 def test_hardly_any_corrupted_sentence_stays_grammatical_and_all_stay_in_the_vocabulary() -> None:
     rng = random.Random(0)
-    texts = [world.corrupt(world.sentence(rng), rng) for _ in range(3000)]
-    assert sum(map(world.is_grammatical, texts)) < 0.02 * len(texts)
+    texts = [language.corrupt(language.sentence(rng), rng) for _ in range(3000)]
+    assert sum(map(language.is_grammatical, texts)) < 0.02 * len(texts)
     for text in texts:
         words = text.split(" ")
         assert words.index(".") == len(words) - 1 > 0
-        assert set(words) <= set(world.VOCABULARY)
+        assert set(words) <= set(language.VOCABULARY)
 
 
 def test_corruption_leaves_much_of_the_sentence_in_place() -> None:
     rng = random.Random(0)
     num_kept = num_words = 0
     for _ in range(1000):
-        words = world.sentence(rng).split()[:-1]
-        damaged = world.corrupt(" ".join([*words, "."]), rng).split()
+        words = language.sentence(rng).split()[:-1]
+        damaged = language.corrupt(" ".join([*words, "."]), rng).split()
         num_kept += sum(word in damaged for word in words)
         num_words += len(words)
     assert 0.5 < num_kept / num_words < 0.95
@@ -126,19 +126,19 @@ def test_corruption_leaves_much_of_the_sentence_in_place() -> None:
 def test_a_sentence_of_one_word_can_be_corrupted_without_becoming_empty() -> None:
     rng = random.Random(0)
     for _ in range(200):
-        assert len(world.corrupt("cat .", rng).split()) > 1
+        assert len(language.corrupt("cat .", rng).split()) > 1
 
 
 def test_train_and_heldout_prompts_are_disjoint_and_distinct() -> None:
-    split = world.prompts(seed=3)
+    split = language.prompts(seed=3)
     assert (len(split.train), len(split.heldout)) == (512, 128)
     assert len({*split.train, *split.heldout}) == 640
 
 
 def test_prompts_are_beginnings_of_sentences_of_one_to_four_words() -> None:
-    split = world.prompts(seed=0)
+    split = language.prompts(seed=0)
     rng = random.Random(1)
-    short_beginnings = {" ".join(world.sentence(rng).split()[:2]) for _ in range(20_000)}
+    short_beginnings = {" ".join(language.sentence(rng).split()[:2]) for _ in range(20_000)}
     texts = split.train + split.heldout
     assert {len(text.split()) for text in texts} == {1, 2, 3, 4}
     assert {text for text in texts if len(text.split()) == 2} <= short_beginnings
@@ -148,24 +148,24 @@ def test_prompts_are_beginnings_of_sentences_of_one_to_four_words() -> None:
 def test_equal_seeds_give_equal_worlds_and_other_seeds_other_ones() -> None:
     def draw(seed: int) -> tuple[str, str]:
         rng = random.Random(seed)
-        text = world.sentence(rng)
-        return text, world.corrupt(text, rng)
+        text = language.sentence(rng)
+        return text, language.corrupt(text, rng)
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
-    assert world.prompts(5) == world.prompts(5)
-    assert world.prompts(5) != world.prompts(6)
+    assert language.prompts(5) == language.prompts(5)
+    assert language.prompts(5) != language.prompts(6)
 
 
 def test_impossible_numbers_of_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0 and 128"):
-        world.prompts(0, num_train=0)
+        language.prompts(0, num_train=0)
     with pytest.raises(ValueError, match="at least 1, got 512 and 0"):
-        world.prompts(0, num_heldout=0)
+        language.prompts(0, num_heldout=0)
 
 
 def test_more_prompts_than_there_are_beginnings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "MAX_PROMPT_WORDS", 1)
-    assert len(world.prompts(0, num_train=6, num_heldout=4).train) == 6
+    monkeypatch.setattr(language, "MAX_PROMPT_WORDS", 1)
+    assert len(language.prompts(0, num_train=6, num_heldout=4).train) == 6
     with pytest.raises(ValueError, match="found only 10 of 11 distinct prompts"):
-        world.prompts(0, num_train=7, num_heldout=4)
+        language.prompts(0, num_train=7, num_heldout=4)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.demo import language as world
-from align.demo import tiny
+from align.demo import language, tiny
 
 
 def _quiet(line: str) -> None:
@@ -59,7 +58,7 @@ def test_the_manifest_lists_every_other_file_and_the_sizes(built: Path) -> None:
 
 
 def test_the_prompt_files_hold_the_worlds_split_under_distinct_ids(built: Path) -> None:
-    split = world.prompts(1)
+    split = language.prompts(1)
     train, heldout = _prompt_rows(built, "train"), _prompt_rows(built, "heldout")
     assert tuple(row["prompt"] for row in train) == split.train
     assert tuple(row["prompt"] for row in heldout) == split.heldout
@@ -86,7 +85,7 @@ def test_a_prompt_is_encoded_as_the_first_tokens_of_its_sentence(built: Path) ->
     words = ["the", "small", "child", "that", "two", "dogs", "chase", "sings", "."]
     whole = tokenizer(" ".join(words))["input_ids"]
     assert len(whole) == len(words)
-    for num_words in range(1, world.MAX_PROMPT_WORDS + 1):
+    for num_words in range(1, language.MAX_PROMPT_WORDS + 1):
         assert tokenizer(" ".join(words[:num_words]))["input_ids"] == whole[:num_words]
 
 

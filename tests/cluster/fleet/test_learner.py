@@ -127,7 +127,7 @@ def test_the_others_follow_what_the_first_exports_before_any_later_call() -> Non
         return call
 
     first = FakeActor(export=method("0 export", ("weights", (12, 3))), canary=method("0 canary", [[0.5]]))
-    other = FakeActor(follow=method("1 follow"), canary=method("1 canary", [[0.5]]))
+    other = FakeActor(help_gather=method("1 help_gather"), canary=method("1 canary", [[0.5]]))
 
     async def scenario() -> None:
         published = await learner_of(first, other).export([[1, 2]])
@@ -135,7 +135,7 @@ def test_the_others_follow_what_the_first_exports_before_any_later_call() -> Non
 
     complete(scenario())
     assert [c for c in calls if c[0] == "0"] == ["0 export", "0 canary"]
-    assert [c for c in calls if c[0] == "1"] == ["1 follow", "1 canary"]
+    assert [c for c in calls if c[0] == "1"] == ["1 help_gather", "1 canary"]
 
 
 def test_the_loss_of_one_rank_is_that_of_the_learner_though_another_one_complains_first() -> None:

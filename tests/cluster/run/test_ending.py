@@ -13,12 +13,12 @@ from rich.console import Console as RichConsole
 
 from align.metrics import Metric
 from cluster.record.sinks.console import Console
-from cluster.run.ending import Status, how_to_look, write_end
+from cluster.run.ending import EndStatus, how_to_look, write_end
 from cluster.run.recording import Recording
 from tests.fakes.run_files import config
 
 
-def ended(path: Path, status: Status, error: Exception | None = None) -> tuple[dict[str, Any], str]:
+def ended(path: Path, status: EndStatus, error: Exception | None = None) -> tuple[dict[str, Any], str]:
     """The summary and the console of a run of two steps; of one in a process before it there are 5 s."""
     path.mkdir(exist_ok=True)
     (path / "metrics.jsonl").write_text('{"step": 1, "wall_s": 5.0, "time/step_s": 1.0}\n')
@@ -56,7 +56,7 @@ def test_the_summary_of_a_failure_names_its_error(tmp_path: Path) -> None:
     assert summary["error"] == "TimeoutError", "one without a text"
 
 
-STATUSES: dict[Status, tuple[set[str], set[str]]] = {  # what is shown, what is not
+STATUSES: dict[EndStatus, tuple[set[str], set[str]]] = {  # what is shown, what is not
     "finished": ({"policy"}, {"resume", "logs"}),
     "stopped": ({"resume"}, {"policy", "logs"}),
     "failed": ({"resume", "logs"}, {"policy"}),
@@ -64,7 +64,7 @@ STATUSES: dict[Status, tuple[set[str], set[str]]] = {  # what is shown, what is 
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_the_last_words_show_what_there_is_and_how_to_go_on(status: Status, tmp_path: Path) -> None:
+def test_the_last_words_show_what_there_is_and_how_to_go_on(status: EndStatus, tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"ray_session": "/tmp/session"}')
     shown, absent = STATUSES[status]
     lines = how_to_look(tmp_path, tmp_path / "report.html", status, "nowhere").splitlines()

@@ -6,6 +6,7 @@ import contextlib
 import io
 from typing import Any
 
+from align.extras import extra
 from align.metrics import GLOSSARY
 from cluster.faults import ConfigError, DashboardError
 from cluster.record.sinks.wandb.access import check_online, entity_of
@@ -90,9 +91,9 @@ def save(entity: str | None, project: str, report: bool) -> list[str]:
 
 
 def _packages() -> tuple[Any, Any]:
+    refusal = "dashboards need another package: {error}"
     try:
-        import wandb_workspaces.reports.v2 as reports
-        import wandb_workspaces.workspaces as workspaces
-    except ImportError as error:
-        raise ConfigError(f"dashboards need another package: {error}", "pip install 'align[dashboard]'") from None
+        reports, workspaces = (extra(f"wandb_workspaces.{name}", refusal) for name in ("reports.v2", "workspaces"))
+    except ValueError as error:
+        raise ConfigError(str(error), "pip install 'align[dashboard]'") from None
     return workspaces, reports

@@ -12,7 +12,12 @@ def running() -> list[Any]:
     """Those that this process started, as psutil knows them; ended ones that nobody has waited for among them."""
     import psutil
 
-    return [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if child.name().startswith("wandb-core"):
+                found.append(child)
+    return found
 
 
 def give_up() -> None:

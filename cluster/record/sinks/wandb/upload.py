@@ -42,8 +42,8 @@ class Upload:
 
     def why_ended(self) -> str:
         """Its last words."""
-        lines = self._log.read_text(errors="replace").splitlines()
-        texts = (line.removeprefix("wandb:").strip().removeprefix("ERROR").strip() for line in lines)
+        with self._log.open(errors="replace") as lines:
+            texts = [line.removeprefix("wandb:").strip().removeprefix("ERROR").strip() for line in lines]
         said = [text for text in texts if text]
         return f"the upload to W&B ended ({said[-1] if said else 'without a word'})"
 
