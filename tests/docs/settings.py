@@ -30,6 +30,8 @@ def _sections(model: Model, place: str, seen: dict[Model, str]) -> Iterator[str]
     for name, field in model.model_fields.items():
         models = [one for one in models_in(field.annotation) if one not in seen]
         path = f"{place}{name}"
+        if not place and len(models) > 1:
+            yield _kinds(path, field)
         for one in models:
             seen[one] = path
             yield _section(one, path, field, seen)
@@ -37,13 +39,19 @@ def _sections(model: Model, place: str, seen: dict[Model, str]) -> Iterator[str]
             yield from _sections(one, f"{path}.", seen)
 
 
+def _kinds(path: str, field: FieldInfo) -> str:
+    """What a section at the top is about that may be one of several models, and what each of them means."""
+    lead, *lines = description(field)
+    return "\n".join([f"### `[{path}]`", "", lead, "", *(f"* {line}" for line in lines)])
+
+
 def _section(model: Model, path: str, field: FieldInfo, seen: dict[Model, str]) -> str:
     name = f"[[{path}]]" if get_origin(field.annotation) is tuple else f"[{path}]"
     kind = kind_of(model)
     head = f"### `{name}`" + "".join(f', {key} = "{value}"' for key, value in kind.items())
     about = " ".join(str(model.__doc__).partition("\n\n")[0].split())
-    if "." not in path and field.description:
-        about += f" {field.description}"
+    if "." not in path and not kind and field.description:
+        about += f" {description(field)[0]}"
     rows = [row(name, one, path, seen) for name, one in model.model_fields.items() if name not in kind]
     return f"{head}\n\n{about}" + (f"\n\n{table('| key | type | default | unit | meaning |', rows)}" if rows else "")
 
@@ -60,12 +68,15 @@ def row(name: str, field: FieldInfo, place: str, seen: dict[Model, str]) -> str:
 
 def meaning(field: FieldInfo) -> str:
     """The description, and each choice on a line of its own: `name: meaning`, or the name alone where it says no more."""
+    return "<br>".join(map(cell, description(field)))
+
+
+def description(field: FieldInfo) -> list[str]:
+    """What a description says first, and then a line for each name that it explains or that the key may be."""
     lead, *lines = (field.description or "").splitlines() or [""]
-    choices = choices_of(field.annotation)
-    said = {line.partition(":")[0]: line.partition(":")[2] for line in lines}
-    rest = [line for line in lines if line.partition(":")[0] not in choices]
-    named = [f"`{choice}`:{cell(said[choice])}" if choice in said else f"`{choice}`" for choice in choices]
-    return "<br>".join([cell(lead), *map(cell, rest), *named])
+    said = dict(line.split(": ", maxsplit=1) for line in lines)
+    bare = [f"`{choice}`" for choice in choices_of(field.annotation) if choice not in said]
+    return [lead, *(f"`{name}`: {meant}" for name, meant in said.items()), *bare]
 
 
 def choices_of(annotation: Any) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from cluster.spec.config import RunConfig
-from tests.docs.settings import meaning, models_in, row, settings
+from tests.docs.settings import KINDS, meaning, models_in, row, settings
 
 TEXT = settings()
 
@@ -75,9 +75,30 @@ def test_every_key_of_the_run_file_is_in_the_reference() -> None:
     every = [name for name, _ in fields(RunConfig, set())]
     sections = [name for name in every if f"### `[{name}]`" in TEXT]
     assert len(sections) >= len(RunConfig.model_fields)
-    kinds = {"kind", "generator"}
     shown = re.findall(r"^\| `(\w+)` \|", TEXT, re.M)
-    assert sorted({*shown, *kinds, *RunConfig.model_fields}) == sorted(set(every) | kinds)
+    assert sorted({*shown, *KINDS, *RunConfig.model_fields}) == sorted({*every, *KINDS})
+
+
+def test_the_kinds_of_a_section_stand_once_before_the_first_of_them() -> None:
+    before, first, _ = TEXT.partition('### `[reward]`, kind = "reference"')
+    _, head, about = before.partition("### `[reward]`\n\n")
+    assert first and head
+    lead, kinds = about.strip().split("\n\n")
+    assert lead.startswith("What is paid;")
+    assert re.findall(r"^\* `(\w+)`: ", kinds, re.M) == re.findall(r'^### `\[reward\]`, kind = "(\w+)"$', TEXT, re.M)
+    assert TEXT.count(lead) == 1
+
+
+def test_every_line_between_the_tables_is_a_head_a_sentence_or_a_kind_with_its_code_mark() -> None:
+    texts = [line for line in TEXT.splitlines() if line and not line.startswith(("|", "### `["))]
+    assert [line for line in texts if not re.match(r"\* `\w+`: |`R_t = |[A-Z0-9]", line)] == []
+    assert [line for line in texts if re.search(r"\. *\w+: ", line)] == []
+
+
+def test_a_name_that_is_explained_is_marked_as_code_whatever_the_type_of_its_key() -> None:
+    told = [part for cells in re.findall(r"^\|.*<br>.*\|$", TEXT, re.M) for part in cells.strip(" |").split("<br>")[1:]]
+    assert len(told) > 80
+    assert [part for part in told if not re.match(r"`[\w+-]+`(: |$)", part)] == []
 
 
 def test_every_key_says_what_it_means() -> None:
