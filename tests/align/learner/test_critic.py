@@ -18,7 +18,7 @@ from align.model.policy import Policy
 from align.model.value import ValueModel
 from tests.fakes.batches import bandit_batch, poisoned, ragged_batch
 from tests.fakes.critics import new_critic
-from tests.fakes.learners import adam_state, bandit, new_learner, reduced, update, weights
+from tests.fakes.learners import adam_state, bandit, new_learner, reduced, trained_and_restored, update, weights
 from tests.oracles.equality import assert_bitwise, assert_close
 
 PPO: dict[str, Any] = {"name": "ppo", "kl": "none", "kl_coefficient": 0.0}
@@ -182,15 +182,8 @@ def test_a_critic_is_there_exactly_if_the_algorithm_reads_it(policy: Policy) -> 
 
 def test_a_restored_learner_with_a_critic_goes_on_bit_for_bit(new_policy: Any, tmp_path: Path) -> None:
     settings = {**PPO, "num_epochs": 2, "num_minibatches": 2, "eps": 1e-8, "schedule": "linear"}
-    learner = new_learner(new_policy(), **settings)
-    for seed in (0, 1):
-        update(learner, ragged_batch(seed))
-    learner.policy.save(tmp_path / "policy")
-    learner.save_optimizer(tmp_path / "optimizer.safetensors")
+    learner, restored = trained_and_restored(new_policy(), tmp_path, **settings)
     stats = update(learner, ragged_batch(2))[1]
-
-    restored = new_learner(Policy.load(tmp_path / "policy"), **settings)
-    restored.load_optimizer(tmp_path / "optimizer.safetensors", version=2)
     assert reduced(update(restored, ragged_batch(2))[1]) == reduced(stats)
     assert_bitwise(weights(restored) | adam_state(restored), weights(learner) | adam_state(learner))
     assert_bitwise(critic_state(critic_of(restored)), critic_state(critic_of(learner)))
