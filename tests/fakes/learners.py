@@ -69,11 +69,13 @@ def reduced(stats: UpdateStats) -> dict[str, float]:
     return values
 
 
-def trained_and_restored(policy: Policy, folder: Path, **settings: Any) -> tuple[Learner, Learner]:
-    """A learner after two updates, and another one of what the first saved then."""
+def trained_and_restored(
+    policy: Policy, folder: Path, batch: Callable[[int], Batch] = ragged_batch, **settings: Any
+) -> tuple[Learner, Learner]:
+    """A learner after updates with batches 0 and 1, and another one of what the first saved then."""
     learner = new_learner(policy, **settings)
     for seed in (0, 1):
-        update(learner, ragged_batch(seed))
+        update(learner, batch(seed))
     learner.policy.save(folder / "policy")
     learner.save_optimizer(folder / "optimizer.safetensors")
     restored = new_learner(Policy.load(folder / "policy"), **settings)
