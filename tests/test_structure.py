@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -14,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.harness.imports import (
+    Edges,
     circles,
     climbs,
-    edges_within,
+    edges_among,
     imports,
     imports_at_the_top,
     module_of,
+    modules_in,
     parsed,
     python_files,
     room_of,
@@ -28,7 +29,8 @@ from tests.places import REPOSITORY
 
 PACKAGES = ("align", "cluster")
 FILES = python_files(REPOSITORY, PACKAGES)
-EDGES = edges_within(REPOSITORY, PACKAGES)
+MODULES = modules_in(REPOSITORY, PACKAGES)
+EDGES = edges_among(MODULES)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_FILES_OF_A_ROOM = 400, 80, 16
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -131,18 +133,9 @@ def test_no_room_is_crowded() -> None:
 # --- a test of these tests: what is planted is found ----------------------------------------------------------------
 
 
-@pytest.fixture
-def copy_of_the_sources(tmp_path: Path) -> Path:
-    """The packages without anything but Python, to plant faults in."""
-    for package in PACKAGES:
-        shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=lambda folder, names: ignored(folder, names))
-    return tmp_path
-
-
-def ignored(folder: str, names: list[str]) -> list[str]:
-    return [
-        name for name in names if name == "__pycache__" or not ((Path(folder) / name).is_dir() or name.endswith(".py"))
-    ]
+def edges_with(planted: Path) -> Edges:
+    """The imports of the sources, with the files of another tree beside them or in their places."""
+    return edges_among(MODULES | modules_in(planted, PACKAGES))
 
 
 @pytest.mark.parametrize(
@@ -159,18 +152,21 @@ def ignored(folder: str, names: list[str]) -> list[str]:
     ],
 )
 def test_a_forbidden_import_that_is_planted_in_a_function_is_found(
-    copy_of_the_sources: Path, file: str, line: str, found: str
+    tmp_path: Path, file: str, line: str, found: str
 ) -> None:
-    with (copy_of_the_sources / file).open("a", encoding="utf-8") as planted:
-        planted.write(f"\n\ndef planted() -> None:\n    {line}\n")
-    assert climbs(edges_within(copy_of_the_sources, PACKAGES), may_import()) == [found]
+    planted = tmp_path / file
+    planted.parent.mkdir(parents=True)
+    source = (REPOSITORY / file).read_text(encoding="utf-8")
+    planted.write_text(f"{source}\n\ndef planted() -> None:\n    {line}\n", encoding="utf-8")
+    assert climbs(edges_with(tmp_path), may_import()) == [found]
 
 
-def test_a_circle_within_a_room_that_is_planted_in_functions_is_found(copy_of_the_sources: Path) -> None:
-    room = copy_of_the_sources / "cluster" / "loop"
+def test_a_circle_within_a_room_that_is_planted_in_functions_is_found(tmp_path: Path) -> None:
+    room = tmp_path / "cluster" / "loop"
+    room.mkdir(parents=True)
     for name, other in (("here", "there"), ("there", "here")):
         (room / f"{name}.py").write_text(f"def planted():\n    from cluster.loop import {other}\n", encoding="utf-8")
-    edges = edges_within(copy_of_the_sources, PACKAGES)
+    edges = edges_with(tmp_path)
     assert climbs(edges, may_import()) == []
     assert circles(edges) == ["cluster.loop.here", "cluster.loop.there"]
 

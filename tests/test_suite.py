@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from tests.harness.imports import imports, parsed
 from tests.places import REPOSITORY
 
 TESTS = REPOSITORY / "tests"
@@ -34,17 +35,7 @@ LEAST_LINES = 7
 """Of a set-up that two files may not both spell out."""
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Modules that a file imports, those of imports inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def of_tests(modules: Iterator[str]) -> list[str]:
+def of_tests(modules: Iterable[str]) -> list[str]:
     """Those that are test files or the fixtures that pytest hands out."""
     return [
         name
@@ -55,13 +46,14 @@ def of_tests(modules: Iterator[str]) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_file_imports_a_test_file(path: Path) -> None:
-    assert of_tests(imported(path)) == []
+    assert of_tests(imports(path)) == []
 
 
 def test_an_import_of_a_test_file_is_found(tmp_path: Path) -> None:
     planted = tmp_path / "planted.py"
     planted.write_text("def f():\n    from tests.align import test_metrics\n    from tests.conftest import policy\n")
-    assert of_tests(imported(planted)) == ["tests.align.test_metrics", "tests.conftest", "tests.conftest.policy"]
+    found = of_tests(imports(planted))
+    assert sorted(found) == ["tests.align.test_metrics", "tests.conftest", "tests.conftest.policy"]
 
 
 @pytest.mark.parametrize("path", MIRRORED, ids=lambda path: str(path.relative_to(TESTS)))
@@ -81,7 +73,7 @@ def test_every_topic_has_its_file_and_no_code_of_its_name() -> None:
 
 def set_ups(path: Path) -> Iterator[str]:
     """Bodies of the functions of a test file that are no tests, as text without names of their own, and long enough."""
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and "test_" not in node.name:
             text = "\n".join(ast.unparse(statement) for statement in node.body if not _is_text(statement))
             if text.count("\n") + 1 >= LEAST_LINES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from align.data.sampling import Sampling
 from align.learner.learner import Learner, LearnerConfig, UpdateStats
 from align.learner.optimizer import OptimizerConfig
 from align.model.policy import Policy
+from tests.fakes.batches import ragged_batch
 from tests.fakes.critics import new_critic
 from tests.oracles.tabular import TabularLM
 
@@ -65,6 +67,20 @@ def reduced(stats: UpdateStats) -> dict[str, float]:
     values = metrics.reduce(stats.metrics)
     del values["throughput/trained_tokens_per_s"]
     return values
+
+
+def trained_and_restored(
+    policy: Policy, folder: Path, batch: Callable[[int], Batch] = ragged_batch, **settings: Any
+) -> tuple[Learner, Learner]:
+    """A learner after updates with batches 0 and 1, and another one of what the first saved then."""
+    learner = new_learner(policy, **settings)
+    for seed in (0, 1):
+        update(learner, batch(seed))
+    learner.policy.save(folder / "policy")
+    learner.save_optimizer(folder / "optimizer.safetensors")
+    restored = new_learner(Policy.load(folder / "policy"), **settings)
+    restored.load_optimizer(folder / "optimizer.safetensors", version=2)
+    return learner, restored
 
 
 def bandit(probabilities: list[float]) -> Policy:

@@ -7,15 +7,17 @@ import json
 import os
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from align.data.curriculum import CurriculumConfig
 from align.data.prompts import PromptStream
 from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
-from cluster.faults import RestartBudgetSpent
+from cluster.faults import ActorLost, RestartBudgetSpent
 from cluster.loop.buffer import Buffer
 from cluster.loop.fate import Fate, settled_before
 from cluster.loop.filtering import Filter, FilterConfig
@@ -64,6 +66,16 @@ class World:
             await asyncio.sleep(0)  # lets the others run; no time passes
         if what in self.hooks:
             await self.hooks[what](about)
+
+    def lose(self, rollouts: Collection[int]) -> None:
+        """The actors of these rollouts are lost, counted from 0 in the order in which they would be handed over."""
+        counted = count()
+
+        async def lose_some(about: tuple[FakeActor, Ticket]) -> None:
+            if next(counted) in rollouts:
+                raise ActorLost("rollout", about[0].rank, "rollout", "killed by the test")
+
+        self.hooks["rollout"] = lose_some
 
     def events(self, *kinds: str) -> list[tuple[Any, ...]]:
         return [event for event in self.log if event[0] in kinds]
@@ -237,6 +249,44 @@ def make_run(
         max_staleness=max_staleness,
         first_step=version + 1,
         last_step=steps,
+    )
+
+
+EVENTFUL_STEPS, EVENTFUL_GROUP_SIZE = 5, 3
+CURRICULUM = CurriculumConfig(low=0.3, high=0.7, newest_weight=0.5, visit_probability=0.3)
+"""Of an eventful run."""
+
+
+def eventful_world(seed: int) -> World:
+    """Actors are lost, groups have no signal, rewards fail and updates are skipped, all by dice."""
+    dice = random.Random(seed)
+
+    def outcomes(ticket: Ticket) -> tuple[float, ...]:
+        given = random.Random(f"outcomes {seed} {ticket.number}")
+        return given.choice([(0.0, 0.6, 1.0), (1.0, 0.0, 0.2), (1.0,) * 3, (0.0,) * 3])
+
+    def failures(ticket: Ticket) -> tuple[Failure, ...]:
+        num = random.Random(f"failures {seed} {ticket.number}").choice((0, 0, 0, 1, 2, 3))
+        return (Failure(ticket.number, ticket.prompt.id, "", "", 0, 3, "a traceback"),) * num
+
+    world = World(dice=random.Random(seed), outcomes=outcomes, failures=failures, masked=2)
+    world.lose({dice.randrange(30) for _ in range(3)})
+    world.skips = {dice.randint(1, EVENTFUL_STEPS)}
+    return world
+
+
+def eventful(seed: int, max_staleness: int, **more: Any) -> Run:
+    """A run of an eventful world with all that can keep a group from training."""
+    return make_run(
+        eventful_world(seed),
+        steps=EVENTFUL_STEPS,
+        group_size=EVENTFUL_GROUP_SIZE,
+        num_actors=2,
+        restarts=9,
+        max_staleness=max_staleness,
+        filtering=FilterConfig(drop_without_signal=True, max_dropped_batches=50, curriculum=CURRICULUM),
+        quarantining=QuarantineConfig(max_fraction=0.99, window=20),
+        **more,
     )
 
 

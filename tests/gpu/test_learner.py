@@ -20,7 +20,7 @@ from align.learner.learner import Learner, LearnerConfig
 from align.learner.optimizer import OptimizerConfig
 from align.model.policy import Policy
 from tests.fakes.trajectories import make_scored, make_trajectory
-from tests.gpu.flops import _QWEN3, CONFIGS, peak_flops, step_flops
+from tests.gpu.flops import CONFIGS, QWEN3, peak_flops, step_flops
 from tests.harness.commands import DEMO, align
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_the_utilisation_of_a_step_of_16k_tokens_reaches_its_goal(name: str) -> 
 
 def test_the_head_at_16k_tokens_takes_at_most_1_gb_above_the_weights() -> None:
     """Forward and backward of one small layer and the whole head, less weights and their gradients."""
-    config = Qwen3Config(hidden_size=1024, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8, **_QWEN3)
+    config = Qwen3Config(hidden_size=1024, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8, **QWEN3)
     policy = random_policy(config)
     token_ids = torch.randint(0, config.vocab_size, (NUM_TOKENS // LENGTH, LENGTH), device="cuda")
     weights = sum(p.nbytes for p in policy.model.parameters())

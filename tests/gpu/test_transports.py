@@ -7,8 +7,6 @@ publish, and a difference stops the run) and computes with them (the canary).
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -83,9 +81,7 @@ def test_a_dead_engine_is_replaced_in_a_new_group(tmp_path: Path) -> None:
     more = ("weights.transport=nccl", "run.max_staleness=1", "algorithm.importance=truncated", "run.steps=200")
     command = AlignProcess("train", DEMO, *settings(folder, *more))
     wait_until(lambda: last_step(folder) >= 2, "step 2", 400)
-    engines = [p for p in command.descendants() if "EngineCore" in " ".join(p.cmdline())]
-    assert len(engines) == 1
-    os.kill(engines[0].pid, signal.SIGKILL)
+    command.kill_engine()
     killed_at = last_step(folder)
     wait_until(lambda: last_step(folder) >= killed_at + 5, "five more steps", 400)
     command.interrupt()

@@ -38,9 +38,10 @@ def named_by(node: ast.AST) -> Iterator[str]:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports anywhere."""
-    return {name for node in ast.walk(parsed(path)) for name in named_by(node)}
+    return frozenset(name for node in ast.walk(parsed(path)) for name in named_by(node))
 
 
 def imports_at_the_top(path: Path) -> set[str]:
@@ -48,9 +49,13 @@ def imports_at_the_top(path: Path) -> set[str]:
     return {name for node in parsed(path).body for name in named_by(node)}
 
 
-def edges_within(root: Path, packages: Sequence[str]) -> Edges:
-    """The imports among the modules of the packages; a room's `__init__.py` says one sentence and counts for nothing."""
-    modules = {module_of(path, root): path for path in python_files(root, packages) if path.name != "__init__.py"}
+def modules_in(root: Path, packages: Sequence[str]) -> dict[str, Path]:
+    """The modules of the packages in a tree; a room's `__init__.py` says one sentence and counts for nothing."""
+    return {module_of(path, root): path for path in python_files(root, packages) if path.name != "__init__.py"}
+
+
+def edges_among(modules: Mapping[str, Path]) -> Edges:
+    """The imports among modules that lie in these files."""
     return {name: {other for other in imports(path) if other in modules} for name, path in modules.items()}
 
 

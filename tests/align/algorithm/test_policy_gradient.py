@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -75,14 +77,16 @@ class Process:
         return self.logprobs.sum(dim=1).exp()
 
 
+@cache
 def process(alpha: float) -> Process:
+    """Treat it as read-only."""
     policy, ref_logprobs = table(0).requires_grad_(), all_logprobs(table(1))
     logprobs = all_logprobs(policy)
     total = (ref_logprobs - alpha * logprobs).sum(dim=1)
     (gradient,) = torch.autograd.grad((logprobs.sum(dim=1).exp() * total).sum(), policy)
     cfg = ReferenceRewardConfig(alpha=alpha)
     rewards = token_reward(ref_logprobs.numpy(), logprobs.detach().numpy(), cfg)
-    jacobian = torch.autograd.functional.jacobian(all_logprobs, policy.detach())
+    jacobian = torch.autograd.functional.jacobian(all_logprobs, policy.detach(), vectorize=True)
     return Process(logprobs.detach(), jacobian, torch.from_numpy(np.asarray(rewards)), gradient)
 
 
@@ -95,12 +99,20 @@ def advantages_of(rewards: Tensor, baseline: str) -> Tensor:
 
 def ascent(case: Process, picked: Tensor, advantages: Tensor) -> Tensor:
     """Minus the gradient of the project's loss on the picked trajectories, per trajectory: [states, V]."""
-    leaf = case.logprobs[picked].clone().requires_grad_()
-    mask = torch.ones_like(leaf, dtype=torch.bool)
+    mask = torch.ones(len(picked), T, dtype=torch.bool)
     weights = losses.trajectory_weights("trajectory_mean", mask, torch.zeros(len(picked), dtype=torch.long))
-    loss = losses.aggregate(surrogates.reinforce(leaf, advantages), mask, weights)
-    (by_logprob,) = torch.autograd.grad(loss, leaf)
+
+    def loss(logprobs: Tensor) -> Tensor:
+        return losses.aggregate(surrogates.reinforce(logprobs, advantages), mask, weights)
+
+    by_logprob = torch.func.grad(loss)(case.logprobs[picked])
     return -torch.einsum("bt,btsv->sv", by_logprob, case.jacobian[picked])
+
+
+def ascents(case: Process, drawn: Tensor, advantages: Callable[[Tensor], Tensor]) -> Tensor:
+    """`ascent` of each batch by itself, their gradients all at once. [BATCHES, ROWS] -> [BATCHES, states, V]."""
+    by_batch = torch.stack([advantages(rows) for rows in drawn])
+    return torch.vmap(lambda rows, given: ascent(case, rows, given))(drawn, by_batch)
 
 
 def samples(case: Process) -> Tensor:
@@ -157,7 +169,7 @@ def test_rewards_of_the_past_and_any_number_per_state_drop_out_of_the_expectatio
 def test_at_the_reference_the_gradient_with_alpha_1_is_0_and_without_alpha_it_is_not() -> None:
     reference = table(1)
     logprobs = all_logprobs(reference)
-    jacobian = torch.autograd.functional.jacobian(all_logprobs, reference)
+    jacobian = torch.autograd.functional.jacobian(all_logprobs, reference, vectorize=True)
     for alpha, is_zero in ((1.0, True), (0.0, False)):
         cfg = ReferenceRewardConfig(alpha=alpha)
         rewards = torch.from_numpy(np.asarray(token_reward(logprobs.numpy(), logprobs.numpy(), cfg)))
@@ -174,8 +186,7 @@ def test_at_the_reference_the_gradient_with_alpha_1_is_0_and_without_alpha_it_is
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_the_sampled_estimate_is_within_its_error_of_the_exact_gradient(alpha: float, baseline: str) -> None:
     case = process(alpha)
-    drawn = samples(case)
-    estimates = torch.stack([ascent(case, rows, advantages_of(case.rewards[rows], baseline)) for rows in drawn])
+    estimates = ascents(case, samples(case), lambda rows: advantages_of(case.rewards[rows], baseline))
     expected = expectation_with(case, baseline)
     assert sigmas(estimates, expected) < 5
     assert sigmas(-estimates, expected) > 10, "a wrong sign would go unseen"
@@ -196,10 +207,10 @@ def test_wrong_estimates_are_far_outside_the_error() -> None:
         ),
         "the entropy term left out": lambda rows: advantages_of(without_alpha.rewards[rows], "none"),
     }
-    right = torch.stack([ascent(case, rows, advantages_of(case.rewards[rows], "none")) for rows in drawn])
+    right = ascents(case, drawn, lambda rows: advantages_of(case.rewards[rows], "none"))
     assert sigmas(right, case.gradient) < 5
     for name, advantages in wrong.items():
-        estimates = torch.stack([ascent(case, rows, advantages(rows)) for rows in drawn])
+        estimates = ascents(case, drawn, advantages)
         assert sigmas(estimates, case.gradient) > 10, name
 
 
@@ -207,8 +218,8 @@ def test_the_position_mean_lowers_the_variance_of_an_estimate_of_the_same_expect
     case = process(0.0)
     variance = {}
     for baseline, scale in (("none", 1.0), ("position_mean", 1 - 1 / ROWS)):
-        estimates = [ascent(case, rows, advantages_of(case.rewards[rows], baseline)) / scale for rows in samples(case)]
-        variance[baseline] = float(torch.stack(estimates).var(dim=0).sum())
+        estimates = ascents(case, samples(case), lambda rows, of=baseline: advantages_of(case.rewards[rows], of))
+        variance[baseline] = float((estimates / scale).var(dim=0).sum())
     assert variance["position_mean"] < 0.5 * variance["none"]
 
 
@@ -227,9 +238,7 @@ def test_leave_one_out_is_unbiased_and_the_group_mean_is_too_small_by_one_nth(al
     scales = {"none": 1.0, "leave_one_out": 1.0, "group_outcome_mean": 1 - 1 / ROWS}
     variance = {}
     for baseline, scale in scales.items():
-        estimates = torch.stack(
-            [ascent(case, rows, outcome_advantages(case.rewards[rows], baseline)) for rows in drawn]
-        )
+        estimates = ascents(case, drawn, lambda rows, of=baseline: outcome_advantages(case.rewards[rows], of))
         assert sigmas(estimates, scale * case.gradient) < 5, baseline
         if baseline != "none":
             assert sigmas(estimates, (1.5 - scale) * case.gradient) > 5, f"{baseline}: the other scale would go unseen"

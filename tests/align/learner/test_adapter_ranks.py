@@ -21,6 +21,8 @@ from tests.fakes.rank_learners import PLAIN, STEPS, Arrays, Result, adam_state, 
 from tests.harness.rank_processes import on_ranks
 from tests.oracles.equality import assert_bitwise, assert_near
 
+pytestmark = pytest.mark.integration
+
 KINDS = ("lora", "dora")
 FACTOR_TOLERANCE = 1e-5
 """As `TOLERANCE` for B, which starts at 0: five steps are all of it. The merged weights keep to `TOLERANCE`."""
@@ -110,18 +112,14 @@ def four(folders: dict[int, Path], two: dict[str, Result]) -> tuple[dict[str, Re
     return first
 
 
-FOUR = pytest.param("four", marks=pytest.mark.integration)
-"""More ranks than a small machine has CPUs: `make test-fast` leaves them out."""
-
-
-@pytest.fixture(params=["two", FOUR])
+@pytest.fixture(params=["two", "four"])
 def several(request: pytest.FixtureRequest) -> dict[str, Result]:
     """What two ranks found, and four."""
     found = request.getfixturevalue(request.param)
     return found if request.param == "two" else found[0]  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=["one", FOUR])
+@pytest.fixture(scope="module", params=["one", "four"])
 def resumed(request: pytest.FixtureRequest, two: dict[str, Result], folders: dict[int, Path]) -> dict[str, Result]:
     """What one rank, and four, go on with that two saved."""
     return resume(Ranks(), folders[2]) if request.param == "one" else request.getfixturevalue("four")[1]

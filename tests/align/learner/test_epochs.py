@@ -18,9 +18,8 @@ from align.data.batching import Batch
 from align.data.sampling import PLAIN, Sampling
 from align.data.token_budget import TokenBudget
 from align.learner.epochs import minibatches, old_logprobs
-from align.model.policy import Policy
 from tests.fakes.batches import bandit_batch, group_batch, poisoned, ragged_batch
-from tests.fakes.learners import adam_state, bandit, new_learner, reduced, update, weights
+from tests.fakes.learners import adam_state, bandit, new_learner, reduced, trained_and_restored, update, weights
 from tests.oracles.equality import assert_bitwise, assert_close
 
 CLIP: dict[str, Any] = {"surrogate": "ppo_clip", "importance": "none"}
@@ -152,13 +151,7 @@ def test_mismatch_is_measured_before_the_first_step_alone() -> None:
 @pytest.mark.parametrize("bundle", ["ppo", "grpo"])
 def test_a_restored_learner_draws_the_same_minibatches(new_policy: Any, tmp_path: Path, bundle: str) -> None:
     settings = {"name": bundle, "num_minibatches": 3, "num_epochs": 2, "kl_target": 1.0, "kl_horizon": 60, "eps": 1e-8}
-    learner = new_learner(new_policy(), **settings)
-    for seed in (0, 1):
-        update(learner, group_batch(seed))
-    learner.policy.save(tmp_path / "policy")
-    learner.save_optimizer(tmp_path / "optimizer.safetensors")
-    restored = new_learner(Policy.load(tmp_path / "policy"), **settings)
-    restored.load_optimizer(tmp_path / "optimizer.safetensors", version=2)
+    learner, restored = trained_and_restored(new_policy(), tmp_path, group_batch, **settings)
     assert restored.objective.kl_coefficient == learner.objective.kl_coefficient != learner.objective.cfg.kl_coefficient
     results = [reduced(update(each, group_batch(2))[1]) for each in (learner, restored)]
     assert results[0] == results[1]

@@ -27,6 +27,8 @@ from tests.fakes.rank_learners import Arrays, Result, shards, step, weights
 from tests.harness.rank_processes import on_ranks
 from tests.oracles.equality import assert_near
 
+pytestmark = pytest.mark.integration
+
 TOLERANCE = 1e-5
 """What the order of float32 sums may change in twenty optimizer steps, relative to the largest entry of a tensor."""
 STEPS = 5
@@ -150,10 +152,6 @@ def all_of(ranks: Ranks, folder: Path) -> Result:
     return found
 
 
-FOUR = pytest.param(4, marks=pytest.mark.integration)
-"""More ranks than a small machine has CPUs: `make test-fast` leaves them out."""
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
@@ -165,7 +163,7 @@ def one(folder: Path) -> Result:
     return all_of(Ranks(), folder)
 
 
-@pytest.fixture(scope="module", params=[2, FOUR])
+@pytest.fixture(scope="module", params=[2, 4])
 def several(request: pytest.FixtureRequest, one: Result, folder: Path) -> list[Result]:
     """What two ranks found, and four."""
     return on_ranks(request.param, all_of, folder)

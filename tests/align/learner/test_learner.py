@@ -15,7 +15,16 @@ from align.learner.learner import NonFiniteUpdates
 from align.learner.optimizer import OptimizerConfig, lr_factor
 from align.model.policy import Policy
 from tests.fakes.batches import bandit_batch, poisoned, ragged_batch
-from tests.fakes.learners import PolicyFactory, adam_state, bandit, new_learner, reduced, update, weights
+from tests.fakes.learners import (
+    PolicyFactory,
+    adam_state,
+    bandit,
+    new_learner,
+    reduced,
+    trained_and_restored,
+    update,
+    weights,
+)
 from tests.fakes.trajectories import make_scored, make_trajectory
 from tests.oracles.equality import assert_bitwise, assert_close
 from tests.oracles.micro_batches import assert_cuts_are_equal
@@ -334,16 +343,8 @@ def test_the_learner_steps_with_the_scheduled_rate_and_reports_it() -> None:
 
 def test_a_restored_learner_goes_on_bit_for_bit(new_policy: PolicyFactory, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"schedule": "cosine", "warmup_steps": 1, "weight_decay": 0.01, "eps": 1e-8}
-    learner = new_learner(new_policy(), **settings)
-    for seed in (0, 1):
-        update(learner, ragged_batch(seed))
-    learner.policy.save(tmp_path / "policy")
-    learner.save_optimizer(tmp_path / "optimizer.safetensors")
-    stats = update(learner, ragged_batch(2))[1]
-
-    restored = new_learner(Policy.load(tmp_path / "policy"), **settings)
-    restored.load_optimizer(tmp_path / "optimizer.safetensors", version=2)
-    restored_stats = update(restored, ragged_batch(2))[1]
+    learner, restored = trained_and_restored(new_policy(), tmp_path, **settings)
+    stats, restored_stats = (update(each, ragged_batch(2))[1] for each in (learner, restored))
     assert_bitwise(weights(restored), weights(learner))
     assert_bitwise(adam_state(restored), adam_state(learner))
     assert restored.version == learner.version == 3

@@ -126,6 +126,7 @@ def test_the_sampled_distillation_has_the_gradient_of_the_kl_on_average() -> Non
     "parts", [{"name": "on_policy_distillation"}, {"rewards": "none", "distillation": "reverse_kl"}]
 )
 def test_distillation_turns_the_policy_into_the_reference(parts: dict[str, Any]) -> None:
+    """A bandit is in one state, whichever token it is at: a trajectory of 64 tokens is 64 of one."""
     learner = new_learner(
         bandit(), lr=0.1, eps=1e-8, num_steps=100, importance="truncated", aggregation="token_mean", **parts
     )
@@ -134,8 +135,8 @@ def test_distillation_turns_the_policy_into_the_reference(parts: dict[str, Any])
     reward = ReferenceReward(bandit(REF), ReferenceRewardConfig(), 1000, num_top=0)
     for _ in range(100):
         p = learner.policy.model.table.detach()[0].softmax(-1)
-        actions = torch.multinomial(p, 64, replacement=True, generator=generator).tolist()
-        group = make_group([make_trajectory([0], [a], [float(p[a].log())]) for a in actions])
+        actions = torch.multinomial(p, 64, replacement=True, generator=generator)
+        group = make_group([make_trajectory([0], actions.tolist(), p[actions].log().tolist())])
         learner.update(collate([ScoredGroup(group, reward(group))]))
     after = learner.policy.model.table.detach()[0].softmax(-1)
     assert oracle.kl(after.tolist(), REF.tolist()) < 0.02 * before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from typing import Any
 
@@ -10,53 +9,13 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from align.data.curriculum import CurriculumConfig
-from align.data.types import Ticket
-from cluster.faults import ActorLost
 from cluster.loop.fate import Fate
-from cluster.loop.filtering import FilterConfig, has_signal
+from cluster.loop.filtering import has_signal
 from cluster.loop.loop import Run, run_loop
-from cluster.loop.quarantine import Failure, QuarantineConfig
-from tests.fakes.loop import FakeActor, World, complete, make_run, run_and_act, saved
+from tests.fakes.loop import CURRICULUM, EVENTFUL_GROUP_SIZE, EVENTFUL_STEPS, complete, eventful, run_and_act, saved
 
-STEPS, GROUP_SIZE = 5, 3
-CURRICULUM = CurriculumConfig(low=0.3, high=0.7, newest_weight=0.5, visit_probability=0.3)
 FATES = ("trained", "filtered", "quarantined", "returned")
 TOKENS = (*FATES, "masked", "skipped")
-
-
-def eventful(seed: int, max_staleness: int, **more: Any) -> Run:
-    """A run in which actors are lost, groups have no signal, rewards fail and updates are skipped, all by dice."""
-    dice = random.Random(seed)
-    world = World(dice=random.Random(seed), masked=2)
-    losses, world.skips = {dice.randrange(30) for _ in range(3)}, {dice.randint(1, STEPS)}
-    num_rollouts = 0
-
-    async def lose_some(about: tuple[FakeActor, Ticket]) -> None:
-        nonlocal num_rollouts
-        num_rollouts += 1
-        if num_rollouts in losses:
-            raise ActorLost("rollout", about[0].rank, "rollout", "killed by the test")
-
-    def outcomes(ticket: Ticket) -> tuple[float, ...]:
-        return random.Random(ticket.number).choice([(0.0, 0.6, 1.0), (1.0, 0.0, 0.2), (1.0,) * 3, (0.0,) * 3])
-
-    def failures(ticket: Ticket) -> tuple[Failure, ...]:
-        num = random.Random(1000 + ticket.number).choice((0, 0, 0, 1, 2, 3))
-        return (Failure(ticket.number, ticket.prompt.id, "", "", 0, 3, "a traceback"),) * num
-
-    world.hooks["rollout"], world.outcomes, world.failures = lose_some, outcomes, failures
-    return make_run(
-        world,
-        steps=STEPS,
-        group_size=GROUP_SIZE,
-        num_actors=2,
-        restarts=9,
-        max_staleness=max_staleness,
-        filtering=FilterConfig(drop_without_signal=True, max_dropped_batches=50, curriculum=CURRICULUM),
-        quarantining=QuarantineConfig(max_fraction=0.99, window=20),
-        **more,
-    )
 
 
 class Oracle:
@@ -118,7 +77,7 @@ class Oracle:
         self.scored[number] = failed = len(self.world.failures(ticket))
         self.tokens["quarantined"] += 3 * failed
         self.waiting[number] -= 3 * failed
-        if GROUP_SIZE - failed < 2:
+        if EVENTFUL_GROUP_SIZE - failed < 2:
             self.settle(number, "quarantined")
         elif not has_signal(self.world.outcomes(ticket)[failed:], None):
             self.settle(number, "filtered")
@@ -130,7 +89,7 @@ class Oracle:
         learned = 0 if step in self.world.skips else total - self.world.masked
         self.tokens += Counter(trained=learned, masked=self.world.masked, skipped=total - learned - self.world.masked)
         decided = {number: self.scored.pop(number) for number in sorted(self.scored) if number not in self.waiting}
-        marks = "".join("1" * failed + "0" * (GROUP_SIZE - failed) for failed in decided.values())
+        marks = "".join("1" * failed + "0" * (EVENTFUL_GROUP_SIZE - failed) for failed in decided.values())
         self.recent = (self.recent + marks)[-20:]
         groups = [self.rate(number) for number in self.batch] + self.dropped
         for _, prompt_id, rate in sorted(groups):
@@ -141,7 +100,7 @@ class Oracle:
             **{f"ledger/{fate}": self.tickets[fate] for fate in FATES},
             **{f"goodput/{fate}_tokens": self.tokens[fate] for fate in TOKENS},
             "goodput/waiting_tokens": sum(self.waiting.values()),
-            "reward/quarantined_fraction": sum(decided.values()) / (GROUP_SIZE * len(decided)),
+            "reward/quarantined_fraction": sum(decided.values()) / (EVENTFUL_GROUP_SIZE * len(decided)),
             "filter/dropped_passed": sum(rate == 1 for *_, rate in self.dropped),
             "filter/dropped_failed": sum(rate < 1 for *_, rate in self.dropped),
             "filter/pass_rate": sum(rate for *_, rate in groups) / len(groups),
@@ -151,7 +110,9 @@ class Oracle:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the groups that were judged."""
-        decided = [[n, GROUP_SIZE, failed] for n, failed in sorted(self.scored.items()) if n not in self.waiting]
+        decided = [
+            [n, EVENTFUL_GROUP_SIZE, failed] for n, failed in sorted(self.scored.items()) if n not in self.waiting
+        ]
         return {
             **{f"num_{fate}": self.tickets[fate] for fate in ("trained", "filtered", "quarantined")},
             "quarantine_state": {"recent": self.recent, "decided": decided},
@@ -179,8 +140,8 @@ def assert_as_read(run: Run, before: dict[str, Any] | None = None, *, version: i
 @given(seed=st.integers(0, 2**32), max_staleness=st.sampled_from([0, 1, 3]))
 def test_all_figures_of_every_step_follow_from_what_became_of_the_tickets(seed: int, max_staleness: int) -> None:
     run = eventful(seed, max_staleness)
-    assert complete(run_loop(run)) == STEPS
-    assert_as_read(run, version=STEPS)
+    assert complete(run_loop(run)) == EVENTFUL_STEPS
+    assert_as_read(run, version=EVENTFUL_STEPS)
 
 
 @settings(max_examples=60, deadline=None, phases=[Phase.generate])
@@ -191,8 +152,8 @@ def test_they_do_so_over_a_stop_and_a_resume(seed: int, turns: int, max_stalenes
     assert last is not None
     state = assert_as_read(run, version=last)
     resumed = eventful(seed + 1, max_staleness, **state)
-    assert complete(run_loop(resumed)) == STEPS
-    assert_as_read(resumed, state, version=STEPS)
+    assert complete(run_loop(resumed)) == EVENTFUL_STEPS
+    assert_as_read(resumed, state, version=EVENTFUL_STEPS)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])

@@ -15,12 +15,11 @@ from align.data.curriculum import CurriculumConfig
 from align.data.prompts import derive_seed
 from align.data.types import Prompt, Ticket
 from align.metrics import Metric, reduce
-from cluster.faults import ActorLost, NoSignal
+from cluster.faults import NoSignal
 from cluster.loop.fate import Entry, Fate, settled_before
 from cluster.loop.filtering import Filter, FilterConfig, has_signal
 from cluster.loop.loop import Run, run_loop
 from tests.fakes.loop import (
-    FakeActor,
     World,
     complete,
     flat,
@@ -199,15 +198,7 @@ def test_every_batch_is_full_of_groups_with_signal_whatever_the_interleaving_and
     losses: set[int],
 ) -> None:
     world = World(dice=random.Random(seed), outcomes=outcomes_by_ticket(seed, without_signal))
-    num_rollouts = 0
-
-    async def lose_some(about: tuple[FakeActor, Ticket]) -> None:
-        nonlocal num_rollouts
-        num_rollouts += 1
-        if num_rollouts - 1 in losses:
-            raise ActorLost("rollout", about[0].rank, "rollout", "killed by the test")
-
-    world.hooks["rollout"] = lose_some
+    world.lose(losses)
     run = make_run(
         world,
         steps=5,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from fractions import Fraction
 from typing import Any
 
@@ -10,16 +9,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from align.data.types import Ticket
 from align.metrics import reduce
-from cluster.faults import ActorLost
-from cluster.loop.filtering import FilterConfig
 from cluster.loop.goodput import FATES, Goodput, shares
 from cluster.loop.loop import Run, run_loop
-from cluster.loop.quarantine import Failure, QuarantineConfig
-from tests.fakes.loop import FakeActor, World, complete, make_run, run_and_act, saved, trained
-
-STEPS, GROUPS = 5, 2
+from tests.fakes.loop import EVENTFUL_STEPS, World, complete, eventful, make_run, run_and_act, saved, trained
 
 
 def values(goodput: Goodput) -> dict[str, float]:
@@ -110,41 +103,9 @@ def test_a_resumed_run_goes_on_from_its_lines(
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def failure(ticket: Ticket) -> Failure:
-    return Failure(ticket.number, ticket.prompt.id, "", "", 0, 3, "a traceback")
-
-
 def num_tokens(number: int) -> int:
     """As the fake actor has it."""
     return 10 + number
-
-
-def eventful_world(seed: int) -> World:
-    """Actors are lost, groups have no signal, rewards fail, and updates are skipped, all by dice."""
-    dice = random.Random(seed)
-    world = World(dice=random.Random(seed), masked=2)
-    losses, world.skips = {dice.randrange(30) for _ in range(3)}, {dice.randint(1, STEPS)}
-    num_rollouts = 0
-
-    async def lose_some(about: tuple[FakeActor, Ticket]) -> None:
-        nonlocal num_rollouts
-        num_rollouts += 1
-        if num_rollouts in losses:
-            raise ActorLost("rollout", about[0].rank, "rollout", "killed by the test")
-
-    world.hooks["rollout"] = lose_some
-    world.outcomes = lambda one: (0.0, 0.5, 1.0) if random.Random(seed + one.number).random() < 0.7 else (1.0,) * 3
-    numbers = (0, 0, 0, 0, 0, 1, 2, 3)
-    world.failures = lambda one: (failure(one),) * random.Random(seed - one.number).choice(numbers)
-    return world
-
-
-def eventful_run(world: World, **more: Any) -> Run:
-    filtering = FilterConfig(drop_without_signal=True, max_dropped_batches=50)
-    quarantining = QuarantineConfig(max_fraction=0.99)
-    more = {"filtering": filtering, "quarantining": quarantining, "group_size": 3, **more}
-    more = {"num_actors": 2, "restarts": 9, **more}
-    return make_run(world, steps=STEPS, groups_per_step=GROUPS, **more)
 
 
 def handed_over(world: World) -> int:
@@ -161,15 +122,15 @@ def assert_adds_up(row: dict[str, float]) -> None:
 @settings(max_examples=60, deadline=None, phases=[Phase.generate])  # shrinking runs that hang would take minutes
 @given(seed=st.integers(0, 2**32), max_staleness=st.sampled_from([0, 1, 3]))
 def test_shares_add_up_to_1_at_every_step_whatever_happens(seed: int, max_staleness: int) -> None:
-    world = eventful_world(seed)
-    run = eventful_run(world, max_staleness=max_staleness)
-    assert complete(run_loop(run)) == STEPS
+    run = eventful(seed, max_staleness)
+    world: World = run.fleet.world  # type: ignore[attr-defined]
+    assert complete(run_loop(run)) == EVENTFUL_STEPS
     for row in run.observer.metrics:  # type: ignore[attr-defined]
         assert_adds_up(row)
     counts = run.ledger.goodput.counts
     assert sum(counts.values()) == handed_over(world), "the actors' own count"
     judged = [sum(num_tokens(n) - 3 * num_failures(world, run, n) for n in batch) - 2 for batch in trained(world)]
-    assert counts["masked"] == 2 * STEPS
+    assert counts["masked"] == 2 * EVENTFUL_STEPS
     assert counts["skipped"] == sum(num for step, num in enumerate(judged, 1) if step in world.skips)
     assert counts["trained"] == sum(judged) - counts["skipped"]
 
@@ -177,7 +138,7 @@ def test_shares_add_up_to_1_at_every_step_whatever_happens(seed: int, max_stalen
 def test_the_worlds_above_see_every_fate() -> None:
     seen: set[str] = set()
     for seed in range(40):
-        run = eventful_run(eventful_world(seed), max_staleness=1)
+        run = eventful(seed, max_staleness=1)
         complete(run_loop(run))
         seen |= {fate for fate, num in run.ledger.goodput.counts.items() if num}
     assert seen == set(FATES) - {"redone", "left"}, "which only a resume brings about"
@@ -190,8 +151,8 @@ def num_failures(world: World, run: Run, number: int) -> int:
 @settings(max_examples=60, deadline=None, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**32), turns=st.integers(0, 250), max_staleness=st.sampled_from([0, 1, 3]))
 def test_shares_add_up_to_1_over_a_stop_and_a_resume(seed: int, turns: int, max_staleness: int) -> None:
-    world = eventful_world(seed)
-    run = eventful_run(world, max_staleness=max_staleness)
+    run = eventful(seed, max_staleness)
+    world: World = run.fleet.world  # type: ignore[attr-defined]
     last = run_and_act(world, run, turns, lambda _: run.stop.set())
     assert last is not None
     lines = [{"step": step, **row} for step, row in enumerate(run.observer.metrics, 1)]  # type: ignore[attr-defined]
@@ -199,17 +160,11 @@ def test_shares_add_up_to_1_over_a_stop_and_a_resume(seed: int, turns: int, max_
     on_record = int(lines[-1]["goodput/sampled_tokens"]) if lines else 0
     assert sum(first.counts.values()) == on_record <= handed_over(world)
 
-    again = eventful_world(seed + 1)
-    resumed = eventful_run(
-        again,
-        max_staleness=max_staleness,
-        goodput=first,
-        **saved(run, last),
-    )
-    assert complete(run_loop(resumed)) == STEPS
+    resumed = eventful(seed + 1, max_staleness, goodput=first, **saved(run, last))
+    assert complete(run_loop(resumed)) == EVENTFUL_STEPS
     for row in resumed.observer.metrics:  # type: ignore[attr-defined]
         assert_adds_up(row)
-    assert sum(resumed.ledger.goodput.counts.values()) == on_record + handed_over(again)
+    assert sum(resumed.ledger.goodput.counts.values()) == on_record + handed_over(resumed.fleet.world)  # type: ignore[attr-defined]
 
 
 def test_the_phases_of_a_step_add_up_to_its_time_and_the_learner_was_idle_while_it_waited() -> None:

@@ -137,15 +137,7 @@ def test_no_interleaving_and_no_loss_exceeds_the_limit_or_trains_a_prompt_twice(
     seed: int, max_staleness: int, groups_per_step: int, num_actors: int, max_groups: int, losses: set[int]
 ) -> None:
     world = World(dice=random.Random(seed))
-    num_rollouts = 0
-
-    async def lose_some(about: tuple[FakeActor, Ticket]) -> None:
-        nonlocal num_rollouts
-        num_rollouts += 1
-        if num_rollouts - 1 in losses:
-            raise ActorLost("rollout", about[0].rank, "rollout", "killed by the test")
-
-    world.hooks["rollout"] = lose_some
+    world.lose(losses)
     run = make_run(
         world,
         steps=6,

@@ -8,15 +8,16 @@ import pytest
 
 from cluster.record.figures import summarize_run
 
+BEFORE: dict[str, Any] = {
+    "step": 0,
+    "eval/heldout/kl_per_token": 1.5,
+    "eval/heldout/grammatical": 0.25,
+    "eval/heldout/accuracy": 0.0625,
+    "eval/train/kl_per_token": 1.25,
+    "eval/train/grammatical": 0.5,
+}
 ROWS: list[dict[str, Any]] = [
-    {
-        "step": 0,
-        "eval/heldout/kl_per_token": 1.5,
-        "eval/heldout/grammatical": 0.25,
-        "eval/heldout/accuracy": 0.0625,
-        "eval/train/kl_per_token": 1.25,
-        "eval/train/grammatical": 0.5,
-    },
+    BEFORE,
     {"step": 1, "tokens/generated": 100, "tokens/trained": 90, "mismatch/abs_mean": 0.5, "mismatch/abs_max": 3.0},
     {
         "step": 2,
@@ -83,14 +84,7 @@ def test_figures_come_from_the_rows() -> None:
         "goodput": None,
         "time": None,
         "evaluations": [
-            {
-                "step": 0,
-                "eval/heldout/kl_per_token": 1.5,
-                "eval/heldout/grammatical": 0.25,
-                "eval/heldout/accuracy": 0.0625,
-                "eval/train/kl_per_token": 1.25,
-                "eval/train/grammatical": 0.5,
-            },
+            BEFORE,
             {"step": 2, "eval/heldout/kl_per_token": 0.5, "eval/heldout/grammatical": 0.75},
             {
                 "step": 3,

@@ -204,6 +204,7 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.integration
 def test_a_failure_and_a_collapse_before_it_are_events_on_disk_and_alerts_of_the_record(
     failed: tuple[Path, str],
 ) -> None:
@@ -221,6 +222,7 @@ def test_a_failure_and_a_collapse_before_it_are_events_on_disk_and_alerts_of_the
     assert alerts == [collapse["text"], failure["text"]]
 
 
+@pytest.mark.integration
 def test_the_console_shows_the_place_of_the_record_the_warning_and_the_end(failed: tuple[Path, str]) -> None:
     run_dir, console = failed
     assert f"W&B          recorded in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/" in console
@@ -229,6 +231,7 @@ def test_the_console_shows_the_place_of_the_record_the_warning_and_the_end(faile
     assert console.endswith("code 4\n")
 
 
+@pytest.mark.integration
 def test_no_file_of_the_run_holds_a_secret_of_the_environment(failed: tuple[Path, str]) -> None:
     run_dir, console = failed
     files = [path for path in run_dir.rglob("*") if path.is_file()]

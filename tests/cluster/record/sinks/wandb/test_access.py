@@ -12,6 +12,8 @@ import pytest
 from tests.fakes.wandb_server import PlainServer, fake_wandb, plain_server
 from tests.harness.wandb_files import API_KEY, run_python
 
+pytestmark = pytest.mark.integration
+
 CHECK_ONLINE = """
 import json, psutil
 from cluster.faults import TrackingError

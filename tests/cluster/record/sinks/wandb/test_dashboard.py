@@ -15,6 +15,8 @@ from tests.fakes.wandb_server import fake_wandb
 from tests.harness.wandb_files import API_KEY, run_python
 
 pytest.importorskip("wandb_workspaces", reason="the extra 'dashboard' is not installed")
+pytestmark = pytest.mark.integration
+
 ALIGN = "import sys; sys.argv = ['align', 'dashboard', *{arguments!r}]; from cluster.cli import main; main()"
 
 

@@ -84,6 +84,7 @@ def test_the_link_is_made_without_loading_wandb() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.integration
 def test_the_site_is_that_of_the_server_that_the_environment_names() -> None:
     code = "from cluster.record.sinks.wandb.identity import site_url; print(site_url())"
     environment = os.environ | {"WANDB_BASE_URL": "https://api.example.org", "WANDB_ERROR_REPORTING": "false"}

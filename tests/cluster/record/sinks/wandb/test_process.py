@@ -8,6 +8,8 @@ import pytest
 
 from tests.harness.wandb_files import run_python
 
+pytestmark = pytest.mark.integration
+
 GIVE_UP = """
 import os, signal
 import wandb

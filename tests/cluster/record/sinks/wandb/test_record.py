@@ -13,6 +13,8 @@ from cluster.record.sinks.wandb.tables import TABLE
 from tests.fakes.wandb_steps import write_step
 from tests.harness.wandb_files import API_KEY, run_python, wandb_records, wandb_rows
 
+pytestmark = pytest.mark.integration
+
 HF_TOKEN = "hf_canary_0123456789"
 EVERYTHING = """
 import json, os

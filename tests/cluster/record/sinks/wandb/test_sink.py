@@ -14,6 +14,8 @@ from tests.fakes.metrics import STEP
 from tests.fakes.wandb_server import fake_wandb
 from tests.harness.wandb_files import API_KEY, run_python, wandb_records, wandb_rows
 
+pytestmark = pytest.mark.integration
+
 WRITE_A_RUN = f"""
 import json, sys
 from pathlib import Path
