@@ -67,11 +67,11 @@ def test_where_nothing_remains_the_run_ends_with_a_named_error_and_its_checkpoin
 ) -> None:
     folder = tmp_path / "run"
     there = [cluster.join() for _ in range(3)]
-    more = ("--set", "run.steps=1000", "--set", "rollout.max_restarts=1", "--set", "rollout.start_deadline_s=30")
+    more = ("--set", "run.steps=1000", "--set", "rollout.max_restarts=1", "--set", "rollout.start_deadline_s=120")
     run = AlignProcess(*RUN, *more, "--set", f"run.dir={folder}", environment=cluster.environment)
     wait_until(lambda: last_step(folder) >= 3, "step 3")
     gone(next(raylet for raylet in there if "RolloutActor" in actors_of(raylet)))
-    code, console = run.wait(200)
+    code, console = run.wait(400)
     assert code == 4, console[-4000:]
     assert "[RESTART_BUDGET]" in console
     assert "1 of 1 restarts (rollout.max_restarts) are used" in console
