@@ -43,7 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_task: Path) -> Found:
         for dtype in ("float32", "bfloat16")
     ]
     try:
-        return {case: row for probe in probes for case, row in probe.answer(timeout_s=900).items()}
+        return {case: row for probe in probes for case, row in probe.answer(timeout_s=1800).items()}
     finally:
         for probe in probes:
             probe.end()
